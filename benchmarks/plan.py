@@ -66,6 +66,9 @@ PRETRAIN: dict[str, Any] = {
     "trainer": SFT["trainer"],
 }
 RECOMPUTATION = {"model": {"init_args": {"gradient_checkpointing": True}}}
+EVERY_SECOND, SELECTIVE = (
+    {"model": {"init_args": {"gradient_checkpointing": {"class_path": name}}}} for name in ("EveryNth", "Selective")
+)
 LORA = {"model": {"init_args": {"lora": {"r": 16}}}}
 MIXED, HALF = ({"trainer": {"precision": precision}} for precision in ("bf16-mixed", "bf16-true"))
 ONE_DOCUMENT = {"data": {"init_args": {"packing": False}}}
@@ -87,6 +90,13 @@ def sharded(ranks: int) -> dict[str, Any]:
     return {"trainer": {"strategy": {"class_path": "ModelParallelStrategy", "init_args": sizes}}}
 
 
+def divided(shards: int) -> dict[str, Any]:
+    """The settings of tensor parallelism over two ranks each."""
+    heads = {"init_args": {"config": {"num_key_value_heads": 2}}}
+    sizes = {"tensor": 2, "shards": shards}
+    return {"model": heads, "trainer": {"strategy": {"class_path": "Sharded", "init_args": sizes}}}
+
+
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "SFT, packed": (1, SFT),
     "SFT, rows of one document": (1, merged(SFT, ONE_DOCUMENT)),
@@ -100,6 +110,11 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "DPO, LoRA, FSDP2": (2, merged(DPO, LORA, sharded(2))),
     "pretraining, FSDP2": (2, merged(PRETRAIN, sharded(2))),
     "SFT, packed, FSDP2 ": (4, merged(SFT, sharded(4))),
+    "SFT, packed, tensor parallelism": (2, merged(SFT, divided(1))),
+    "DPO, recomputation, tensor parallelism": (2, merged(DPO, RECOMPUTATION, divided(1))),
+    "SFT, packed, FSDP2 x tensor parallelism": (4, merged(SFT, divided(2))),
+    "SFT, packed, every second layer, FSDP2": (2, merged(SFT, EVERY_SECOND, sharded(2))),
+    "SFT, packed, selective, FSDP2": (2, merged(SFT, SELECTIVE, sharded(2))),
     "SFT, packed, LoRA, FSDP2": (4, merged(SFT, LORA, sharded(4))),
     "DPO, FSDP2": (4, merged(DPO, sharded(4))),
     "pretraining, recomputation, bf16-mixed, FSDP2": (4, merged(PRETRAIN, RECOMPUTATION, MIXED, sharded(4))),

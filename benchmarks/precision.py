@@ -3,7 +3,7 @@
     python benchmarks/precision.py [--rows train.jsonl] [--tokenizer FOLDER] [--steps 12] [--threads 2] [--shape 135m]
 
 Each precision trains the same random Llama of `sft.py` on the same packed rows in the same order, in a process of its
-own, one after the other. With 100 steps and more, float32 is run with a second order of the rows as well: how far the
+own, one after the other. With 100 updates or more, float32 is run with a second order of the rows as well: how far the
 losses of two such runs are apart says what a difference between precisions means. They are compared as means of 20
 updates over the second half of the runs. It needs a CPU that multiplies bfloat16 (avx512_bf16 or AMX).
 """
@@ -45,7 +45,8 @@ def run(folder: Path, precision: str, seed: int, steps: int, shape: str) -> dict
         def on_train_batch_end(self, trainer, pl_module, *_args) -> None:
             self.times.append(time.perf_counter())
             self.tokens.append(pl_module.last_update["tokens"])
-            self.losses.append(float(pl_module.last_update["loss"]))
+            update = pl_module.last_update
+            self.losses.append(update["loss"] / update["targets"])
 
     clock = Clock()
     L.seed_everything(0)

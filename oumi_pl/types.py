@@ -403,11 +403,14 @@ class RunModule(Protocol):
     details: ClassVar[tuple[str, ...]]
     """Metrics that are logged, but not shown in the terminal after a validation."""
     dtype_name: Any
+    fp8: Any
+    """Whether layers multiply in fp8; or `emulated`."""
     generates: ClassVar[bool]
     """Whether the model completes prompts, so that it can be sampled from."""
     generation_settings: dict[str, Any]
     """Arguments of `oumi_pl.models.generation.complete` for `predict`."""
-    gradient_checkpointing: bool
+    gradient_checkpointing: Any
+    """False, True, or an `oumi_pl.models.recomputation.Recomputation`."""
     last_update: dict[str, float]
     """Sums of the last update over all micro-batches and ranks."""
     lora: dict[str, Any] | None

@@ -49,7 +49,7 @@ def traced(tmp_path):
 
 def test_the_tour_names_every_file_that_runs_before_the_first_loss(tmp_path):
     text = (ROOT / "CONTRIBUTING.md").read_text().split("## A batch from YAML to loss")[1].split("\n## ")[0]
-    toured = re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)`", text)
+    toured = re.findall(r"`([a-z_]+(?:/[a-z0-9_]+)?\.py)`", text)
     files, functions = traced(tmp_path)
     assert sorted(toured) == sorted(files)
     assert f"{len(files)} files" in text

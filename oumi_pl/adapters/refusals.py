@@ -78,6 +78,8 @@ def refuse_engine(engine: str, module: LanguageModule) -> None:
     fitting = FITS.get(kind, ("lightning",))
     if engine not in fitting:
         raise UserError(f"engine: {engine} can't train {type(module).__name__}; these can: {', '.join(fitting)}")
+    if module.fp8 and engine != "lightning":
+        raise UserError(f"model.fp8: {engine} would multiply as without it; train with --engine lightning")
     for name in REPLACED_METHODS:
         if getattr(type(module), name) is not getattr(kind, name):
             raise UserError(

@@ -318,8 +318,9 @@ def training_arguments(
         "max_grad_norm": float(trainer.gradient_clip_val or 0.0),
         "bf16": precision == "bf16-mixed",
         "fp16": precision == "16-mixed",
-        "gradient_checkpointing": module.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if module.gradient_checkpointing else None,
+        # the layers of the model follow a policy already, which the engine would replace
+        "gradient_checkpointing": module.gradient_checkpointing is True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if module.gradient_checkpointing is True else None,
         "seed": int(os.environ.get("PL_GLOBAL_SEED", "42")),
         "dataloader_num_workers": data.workers,
         "use_cpu": trainer.strategy.root_device.type == "cpu",

@@ -194,7 +194,8 @@ def _attend_blocks(  # noqa: PLR0917
         with torch.autocast("cpu", enabled=False):
             full = (x.float() for x in (query, key, value))
             return _attend_blocks(module, *full, blocks, settings).to(dtype)
-    # One call per block, with the shapes it would have alone: same kernels, same rounding, and no `seq x seq` mask.
+    # One call per block, with the shapes it would have alone: same kernels, same rounding (but for low precision on a
+    # CPU, see above), and no `seq x seq` mask.
     # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
     queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))
     outputs = []

@@ -155,10 +155,11 @@ class Printer:
 
         devices = f"{result.devices} device{'s' * (result.devices > 1)}"
         yield "plan", f"{title} on {devices}, {result.strategy}, precision {result.precision}"
-        rows = f"{result.batch_size} x {result.micro_batches} x {result.devices}"
+        rows = f"{result.batch_size} x {result.micro_batches} x {result.data_ranks}"
+        ranks = "devices" if result.data_ranks == result.devices else "groups of devices"
         yield (
             "update",
-            f"{result.tokens:,} tokens: {rows} (batch_size x accumulate_grad_batches x devices)"
+            f"{result.tokens:,} tokens: {rows} (batch_size x accumulate_grad_batches x {ranks})"
             + (", with recomputation" if result.gradient_checkpointing else ""),
         )
         memory, fits = self.search.memory, self.search.fits(result)

@@ -77,7 +77,8 @@ class CrossEntropy(TokenLoss):
         Optional for a token loss: without it, `token_loss_sum` gets the gradient from autograd.
 
         Args:
-            logits: `[n, vocab]`, in the dtype of the head; in float32 (or float64) after a transform.
+            logits: `[n, vocab]`, in the dtype of the head; in float32 (or float64) on a CPU and after a transform. On a
+                CPU, these are a few rows of a chunk.
             targets: `[n]`.
 
         Returns:

@@ -26,10 +26,10 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 MIN_ROWS = 128
 """Smallest chunk, however large the vocabulary: each chunk reads the head's weight and its gradient once."""
 COLUMNS = {"cpu": 2048}
-"""Columns of the logits per matrix product, per type of device (all elsewhere): what a product reads and writes stays
-in a processor's cache."""
+"""Columns of the logits per matrix product, so that what it reads and writes stays in a processor's cache. Other types
+of device multiply all columns at once."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
-"""Logits per step of a softmax, per type of device (the chunk elsewhere): several passes over 1 MB of float32."""
+"""Logits per step of a softmax, which makes several passes over 1 MB of float32. Other types of device take a chunk."""
 _ROW_ALIGNMENT = 64  # elements; see `LinearHead.logits`
 
 
@@ -226,7 +226,8 @@ class HeadGradients:
     def _add_rounded(self, rows: slice, low: Tensor, states: Tensor) -> None:
         """Adds a chunk in bfloat16 or float16 on a CPU, whose products have no float32 result.
 
-        The product of each chunk is rounded once, as the only product of a batch would be, and added in float32.
+        For the weight, the product of each chunk is rounded once, as the only product of a batch would be, and added in
+        float32. For the hidden states, the products of 2,048 columns each are rounded and added in float32.
         """
         of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
         for columns in self._head.columns():
@@ -605,7 +606,7 @@ def _in_place(task: LossTask, quick: QuickMethod, logits: Tensor, rows: slice) -
         values, gradient = quick(last, targets)
         losses[own] = values.detach()
         if weights is not None:
-            gradient *= weights.to(gradient.dtype).unsqueeze(-1)
+            gradient = gradient * weights.to(gradient.dtype).unsqueeze(-1)
         if gradient is not block:
             block.copy_(gradient)
     return losses, hits, logits

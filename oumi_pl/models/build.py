@@ -21,6 +21,7 @@ from oumi_pl.attention.interface import NO_PACKING
 from oumi_pl.errors import UserError, is_out_of_memory, nearest, reason
 from oumi_pl.models.hub import locate
 from oumi_pl.models.lora import SCORE, merged, with_lora
+from oumi_pl.models.recomputation import Recomputation, recompute
 from oumi_pl.models.sharding import Loading, Source, is_empty
 from oumi_pl.models.text_part import text_part, whole_model
 from oumi_pl.runs.checksums import refuse_damaged_weights
@@ -239,7 +240,7 @@ def build_model(
     quantization: Literal["nf4", "int8"] | None = None,
     unquantized: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Recomputation = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     scoring: bool = False,
@@ -280,8 +281,7 @@ def build_model(
         hf = _with_adapter_merged(hf, adapter)
     new_rows = 0 if base is None or tokenizer is None else fit_vocabulary(hf, tokenizer, added_tokens)
     freeze_modules(hf, freeze)
-    if gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(hf, gradient_checkpointing)
     if lora is not None:
         hf = with_lora(hf, lora, added_tokens, revision, task="SEQ_CLS" if scoring else "CAUSAL_LM")
         freeze_adapters(hf, freeze)
@@ -482,7 +482,7 @@ def _pretrained(
 
 
 def refuse_invalid_token_ids(hf: "PreTrainedModel", key: str, model: str) -> None:
-    """Refuses token ids in `generation_config.json` that are no numbers: sampling and the export use them.
+    """Refuses token ids in `generation_config.json` that can't be ids: sampling and the export use them.
 
     Args:
         hf: The model.
@@ -494,7 +494,9 @@ def refuse_invalid_token_ids(hf: "PreTrainedModel", key: str, model: str) -> Non
     """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.can_generate() else ():
         value = getattr(hf.generation_config, name, None)
-        if not all(one is None or type(one) is int for one in (value if isinstance(value, list) else [value])):
+        ids = value if isinstance(value, list) else [value]
+        # -1 stands for none in some models; what is larger than any vocabulary doesn't fit into a tensor of ids
+        if not all(one is None or (type(one) is int and -1 <= one < 2**31) for one in ids):
             raise UserError(
                 f"{key}: {name} in the generation_config.json of {model} is {value!a}; it has to be a token id, or a "
                 "list of them"

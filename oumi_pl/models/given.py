@@ -7,6 +7,7 @@ from oumi_pl import attention
 from oumi_pl.errors import UserError, reason
 from oumi_pl.models.build import fit_vocabulary, freeze_adapters, freeze_modules, refuse_attention
 from oumi_pl.models.lora import with_lora
+from oumi_pl.models.recomputation import Recomputation, recompute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ def adopt(
     added_tokens: Sequence[int] = (),
     lora: dict[str, Any] | None = None,
     freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Recomputation = False,
 ) -> Any:
     """Prepares a model object for training as `build_model` prepares a loaded one; returns it, or a PEFT model of it.
 
@@ -72,12 +73,7 @@ def adopt(
         new_rows = fit_vocabulary(hf, tokenizer, [i for i in added_tokens if i not in fitted], added_tokens)
         hf.fitted_tokens = fitted | set(added_tokens)  # type: ignore[assignment]
     freeze_modules(cast("Any", hf).plain if is_plain(hf) else hf, freeze)
-    if gradient_checkpointing:
-        if not hf.supports_gradient_checkpointing:
-            raise UserError(
-                f"model.gradient_checkpointing: {_name(hf)} has no such switch; leave it out, or recompute in forward"
-            )
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(hf, gradient_checkpointing, _name(hf))
     trained: Any = hf
     if lora is not None:
         trained = with_lora(hf, lora, added_tokens)

@@ -22,6 +22,7 @@ from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
 from oumi_pl.losses.linear_head import transformed
+from oumi_pl.models.fp8 import exact_products
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
 if TYPE_CHECKING:
@@ -293,7 +294,8 @@ class LM(nn.Module):
             share: Whether to try to compute shared tokens once.
             longest: Tokens of the longest row.
         """
-        self.layout, why = self.gathered(lambda: choose_layout(self.hf, share, longest))
+        with exact_products(self):
+            self.layout, why = self.gathered(lambda: choose_layout(self.hf, share, longest))
         # a right layout was found, so what to change for another one is left out
         self.layout_reason = why.partition("; ")[0]
         if self.layout is padded and self.base.config._attn_implementation == NAME:
@@ -397,7 +399,7 @@ class LM(nn.Module):
             return logits if self.logit_transform is None else self.logit_transform(logits)
 
         # eager: compiling for these few tokens would take a minute
-        with probing(self, device), torch.compiler.set_stance("force_eager"):
+        with probing(self, device), exact_products(self), torch.compiler.set_stance("force_eager"):
             return self(batch, compute)
 
     @property
@@ -441,7 +443,7 @@ class LM(nn.Module):
         places = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
         ids = places % vocabulary
         inputs: Inputs = {"input_ids": ids, "position_ids": places}
-        with probing(self, weight.device):
+        with probing(self, weight.device), exact_products(self):
             logits = self.head(self.hidden_states(inputs)[0]).float()
             own = self.base(input_ids=ids, position_ids=places, use_cache=False).logits.float()
         if self.logit_transform is not None:
@@ -500,7 +502,7 @@ class ScoringLM(LM):
             "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
             "segments": [Segment(n) for n in lengths],
         }
-        with probing(self, device), torch.compiler.set_stance("force_eager"):
+        with probing(self, device), exact_products(self), torch.compiler.set_stance("force_eager"):
             return self(batch, self.scores)
 
     @property
@@ -522,7 +524,7 @@ class ScoringLM(LM):
             return
         scores, weight = self.probe_logits().cpu(), cast("Tensor", self.base.get_input_embeddings().weight)
         rows = [row[None].to(self.device) for row in probe_rows(self.base.config)]
-        with probing(self, self.device):
+        with probing(self, self.device), exact_products(self):
             own = self.gathered(lambda: torch.cat([plain_scores(self.base, row) for row in rows]))
         if not are_near(scores, own, weight):
             raise UserError(

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from oumi_pl.errors import UserError
 from oumi_pl.models import tensor_parallel
 from oumi_pl.models.lm import LM
+from oumi_pl.models.recomputation import is_recomputed
 from oumi_pl.models.tensor_parallel import DataRanks, Share, Style
 
 if TYPE_CHECKING:
@@ -189,19 +190,17 @@ def decoder_layers(model: LM) -> list[nn.Module]:
     return [m for name, m in blocks.items() if not any(name.startswith(f"{outer}.") for outer in blocks)]
 
 
-def compile_layers(model: LM, is_recomputed: bool) -> None:
+def compile_layers(model: LM) -> None:
     """Compiles the transformer blocks, or all of the body if the architecture does not say which they are.
 
     Blocks alike share what is compiled, which takes no longer for many of them. Compiled for sizes that vary, because
     the rows of nearly every batch have another length.
 
-    Args:
-        model: The model.
-        is_recomputed: Whether blocks are recomputed in the backward pass. The parts of a block are compiled then:
-            attention to documents is left out, and torch compiles no recomputation from which something is left out.
+    Of a block that is recomputed in the backward pass, the parts are compiled: attention to documents is left out, and
+    torch compiles no recomputation from which something is left out.
     """
     for block in decoder_layers(model) or [model.body]:
-        for module in block.children() if is_recomputed else (block,):
+        for module in block.children() if is_recomputed(model.base, block) else (block,):
             module.compile(dynamic=True)
 
 

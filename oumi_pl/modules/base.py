@@ -34,6 +34,7 @@ from oumi_pl.models.build import (
     source_of_weights,
 )
 from oumi_pl.models.export import export_model, read_heads
+from oumi_pl.models.fp8 import FP8, convert, refuse_unfit_device
 from oumi_pl.models.generation import complete
 from oumi_pl.models.given import adopt, as_model, set_attention
 from oumi_pl.models.lm import (
@@ -47,6 +48,7 @@ from oumi_pl.models.lm import (
     without_layout,
 )
 from oumi_pl.models.lora import lora_config
+from oumi_pl.models.recomputation import Recomputation, refuse_compiled
 from oumi_pl.models.sharding import (
     Loading,
     Source,
@@ -114,8 +116,11 @@ class LanguageModule(RestorableModule):
         quantization: Load the frozen weights in 4 or 8 bits (QLoRA); needs `lora` and bitsandbytes, on CPUs 0.50 of it.
         unquantized: Names, or ends of names, of linear layers that `quantization` leaves as they are, beside the head.
         freeze: Names of modules whose parameters are not trained, adapters included.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory: those of all layers (`true`),
+            or what a policy says: `EveryNth`, `Selective`, `Offload`.
         compile: Compile the model's layers with `torch.compile`.
+        fp8: Multiply in 8-bit floating point in the model's layers, with torchao, on an H100, L40S, RTX 4090 or newer;
+            it takes `compile` to be faster. `emulated` rounds the same way on any device, and is slower.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that came with the model.
         text_only: Of a model with other parts, such as a vision tower, take and export the text model alone. Otherwise
@@ -158,8 +163,9 @@ class LanguageModule(RestorableModule):
         quantization: Literal["nf4", "int8"] | None = None,
         unquantized: Sequence[str] = (),
         freeze: Sequence[str] = (),
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Recomputation = False,
         compile: bool = False,
+        fp8: FP8 = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
         text_only: bool = False,
@@ -187,6 +193,7 @@ class LanguageModule(RestorableModule):
                 "model: name a model (`model: HuggingFaceTB/SmolLM2-135M`) or a `config: {model_type: llama, …}`"
             )
         _refuse_quantization(quantization, unquantized, model, lora)
+        _refuse_together(quantization=quantization, fp8=fp8, compile=compile, policy=gradient_checkpointing)
         if lora is not None:
             lora_config(lora)  # a misspelt key is reported before any data is read
         if model is None:
@@ -203,6 +210,7 @@ class LanguageModule(RestorableModule):
         self.freeze_modules = freeze
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
+        self.fp8: FP8 = fp8
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.text_only = text_only
@@ -273,6 +281,7 @@ class LanguageModule(RestorableModule):
             return
         refuse_unfit_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.__refuse_undividable()
+        refuse_unfit_device(self.fp8, self.trainer.strategy.root_device)
         if self.__built and self.reference is not None:
             self.reference.opened = None  # it was that of another model
         data = self.data
@@ -302,11 +311,13 @@ class LanguageModule(RestorableModule):
             model.refuse_unknown_logits()
             if dtype is not None:
                 model.keep_dtypes(dtype)
+            convert(decoder_layers(model) or [model.body], self.fp8)
             if self.compile_layers:  # after the check: compiling for its few tokens would take a minute
-                compile_layers(model, self.gradient_checkpointing)
+                compile_layers(model)
             return
-        if self.compile_layers:  # before its layers are sharded
-            compile_layers(model, self.gradient_checkpointing)
+        convert(decoder_layers(model) or [model.body], self.fp8)  # before layers are sharded
+        if self.compile_layers:  # also before sharding
+            compile_layers(model)
         copies = self.reference is not None and self.reference.kind == "online"
         # FSDP2 wants one dtype for all weights that are trained
         copy = shard(model, self, self.__weight_loading, dtype=dtype, copy=copies)
@@ -341,7 +352,8 @@ class LanguageModule(RestorableModule):
         if not is_to_be_divided(self):
             return
         dora = bool((self.lora or {}).get("use_dora"))
-        settings = {"compile": self.compile_layers, "quantization": self.quantization, "lora.use_dora": dora}
+        settings = {"compile": self.compile_layers, "fp8": self.fp8, "quantization": self.quantization}
+        settings |= {"lora.use_dora": dora}
         for key, value in settings.items():
             if value:
                 raise UserError(f"model.{key} can't be had with trainer.strategy.tensor: leave one of them out")
@@ -777,6 +789,18 @@ def _refuse_quantization(quantization: str | None, unquantized: Sequence[str], m
         raise UserError("model.quantization: quantized weights can't be trained; add `lora: {r: 16}`")
     if unquantized and quantization is None:
         raise UserError("model.unquantized: nothing is quantized; set quantization: nf4, or leave it out")
+
+
+def _refuse_together(*, quantization: str | None, fp8: FP8, compile: bool, policy: bool | Recomputation) -> None:
+    """Refuses settings of layers of which one can be had.
+
+    Raises:
+        UserError: names them.
+    """
+    if fp8 and quantization is not None:
+        raise UserError("model.fp8 can't be had with model.quantization: leave one of them out")
+    if compile:
+        refuse_compiled(policy)
 
 
 UNFIT = {

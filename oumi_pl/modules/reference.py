@@ -274,10 +274,10 @@ class Reference:
 
     @property
     def is_half_precision(self) -> bool:
-        """Whether policy or reference compute in 16 bits."""
+        """Whether policy or reference compute in 16 bits or less."""
         module = self._module
         dtypes = (self.dtype, module.trainer.precision, *(p.dtype for p in module.causal_lm.parameters()))
-        return any("16" in str(dtype) for dtype in dtypes)
+        return bool(module.fp8) or any("16" in str(dtype) for dtype in dtypes)
 
     # ---- training and checkpoints
 

@@ -29,6 +29,7 @@ from oumi_pl.runs import checksums
 from oumi_pl.runs.checkpoints import (
     WEIGHTS_ONLY,
     holds_weights_only,
+    in_own_form,
     is_sharded_checkpoint,
     read_unsharded,
     rng_state,
@@ -806,6 +807,10 @@ class RestorableModule(UpdateModule):
         if len(schedules) < len(self.trainer.lr_scheduler_configs):
             raise _not_resumable(f"lr_schedulers: {len(schedules)} of {len(self.trainer.lr_scheduler_configs)}")
         try:
+            checkpoint["optimizer_states"] = [
+                in_own_form(state, self, optimizer)
+                for state, optimizer in zip(states, self.trainer.optimizers, strict=True)
+            ]
             self.__match_optimizer_states(checkpoint)
             for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
                 _refuse_other_shapes(state, optimizer)

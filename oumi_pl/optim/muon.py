@@ -1,11 +1,13 @@
 """Muon for the hidden matrices and AdamW for the rest, in one optimizer: Lightning's automatic loop takes only one."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from oumi_pl.errors import UserError
 from oumi_pl.optim.groups import is_of
@@ -24,12 +26,35 @@ class _Muon(Muon):
         for group, whole in zip(self.param_groups, groups, strict=True):
             group["params"] = whole["params"]
 
-    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> bool:
-        found: tuple[list[Tensor], ...] = ([], [], [])
-        has_complex = super()._init_group(group, *found)
-        for each, target in zip(found, (params, grads, momenta), strict=True):
-            target += [matrix for p in each for matrix in (p.flatten(0, -3).unbind() if p.ndim > 2 else [p])]
-        return has_complex
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it is called without one
+        """Torch's update, with matrices of sharded weights put together before they are orthogonalised."""
+        for group in self.param_groups:
+            lists: tuple[list[Tensor], ...] = ([], [], [])
+            self._init_group(group, *lists)
+            for weight, gradient, momentum in zip(*lists, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-_adjust_lr(float(group["lr"]), group["adjust_lr_fn"], weight.shape[-2:]))
+
+
+def _orthogonal(update: Tensor, *settings: Any) -> Tensor:
+    """The nearest orthogonal matrices by Newton-Schulz iterations in bfloat16, sharded as the update is.
+
+    Each rank computes them of whole matrices: of shards, products would be sums of rounded ones. Iterations enlarge
+    what rounding adds to small singular values, so updates still differ, by up to percents, where gradients differ in
+    their last digits.
+    """
+    if isinstance(update, DTensor):
+        mesh, half = update.device_mesh, cast("DTensor", update.bfloat16())
+        whole = _orthogonal(half.full_tensor(), *settings)
+        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return everywhere.redistribute(placements=update.placements)
+    if update.ndim == 2:
+        return _zeropower_via_newtonschulz(update, *settings)
+    return torch.stack([_orthogonal(part, *settings) for part in update])
 
 
 class MuonAdamW(Optimizer):

@@ -73,12 +73,14 @@ def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> l
     named = [key for key in ("data_parallel_size", "shards") if arguments.get(key) is not None]
     if not named or any("trainer.strategy" in override for override in overrides):
         return []
-    return [f"--trainer.strategy.init_args.{named[0]}", str(max(1, devices // arguments.get("replicas", 1)))]
+    others = arguments.get("replicas", 1) * arguments.get("tensor", 1)
+    return [f"--trainer.strategy.init_args.{named[0]}", str(max(1, devices // others))]
 
 
 def _describe(module: Any, data: Any, devices: int, with_tokenizer: bool) -> None:
     """Replaces the names of models and tokenizers in a module and its data by configs and numbers of tokens."""
-    name, tokenizer_name, module.compile_layers = module.model_name, module.tokenizer_name, False
+    name, tokenizer_name = module.model_name, module.tokenizer_name
+    module.compile_layers = module.fp8 = False  # a card is needed for both
     module.attn = module.attn if module.attn in KERNELS else None
     if name is not None:
         config = initial_config(name, "model", devices, module.revision)

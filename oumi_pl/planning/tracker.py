@@ -123,12 +123,12 @@ class Tracker(MemTracker):
     the root per update: references and micro-batches need several.
 
     Args:
-        vocab: Tensors whose last dimension is the vocabulary are the head's chunk of logits.
+        columns: Tensors whose last dimension is one of these are the head's chunk of logits.
         ranks_per_node: Ranks on a node, which are consecutive.
         offloaded: What is kept in host memory, which is not counted.
     """
 
-    def __init__(self, vocab: int, ranks_per_node: int = NODE, offloaded: Collection[Kind] = ()) -> None:
+    def __init__(self, columns: Collection[int], ranks_per_node: int = NODE, offloaded: Collection[Kind] = ()) -> None:
         super().__init__()
         self._on_device = [kind for kind in Kind if kind not in offloaded]
         self._ref_class = Kind
@@ -137,7 +137,7 @@ class Tracker(MemTracker):
         self.costs = Costs()
         self.kind = Kind.ACTIVATIONS
         """The kind of what is allocated now."""
-        self._logits = {vocab, -(-vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT}
+        self._logits = {*columns} | {-(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for size in columns}
 
     def __enter__(self) -> "Tracker":
         self._track_resize()

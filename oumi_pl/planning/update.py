@@ -2,7 +2,7 @@
 
 Fake tensors (`torch._subclasses.FakeTensorMode`) have shapes and dtypes but no values, and a fake process group answers
 collectives for any number of ranks. So a model of any size runs for an update on a laptop, in seconds. An update of at
-most two micro-batches after a first one, whose gradients are zeros, reaches the peak of the whole run.
+most two micro-batches, after a step with gradients of zeros, reaches the peak of the whole run.
 
 What a run reads from values is replaced: batches have the largest rows that the settings allow (or are the largest of
 the data), cached values of a reference are zeros, the layout for packed rows is assumed to be exact.
@@ -24,7 +24,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -33,9 +38,11 @@ from oumi_pl.attention import NAME
 from oumi_pl.callbacks.memory import size_of, state_size
 from oumi_pl.errors import UserError
 from oumi_pl.losses import linear_head
+from oumi_pl.models import recomputation, tensor_parallel
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
-from oumi_pl.models.sharding import Sharded
+from oumi_pl.models.recomputation import OnHost
+from oumi_pl.models.sharding import Sharded, data_ranks
 from oumi_pl.modules.distill import Teacher
 from oumi_pl.modules.reference import FrozenModel, NoReference, Opened, Reference, WithoutAdapters
 from oumi_pl.planning.cards import NODE
@@ -76,8 +83,8 @@ class Estimate:
     peak: bytes by kind when most memory is in use. held: bytes of parameters, gradients and optimizer state, which are
     there all the time. offloaded: whether those are in host memory, and not in the peak. costs: of one update. tokens,
     targets: of an update over all ranks. batch_size, micro_batches: rows of a micro-batch, and micro-batches of an
-    update of a rank. sharded: whether ranks hold parts of the weights. ways_to_hold_less: options of `fit` with which
-    less would be held, each with what it does.
+    update of a rank. data_ranks: those that read rows of their own. sharded: whether ranks hold parts of the weights.
+    ways_to_hold_less: options of `fit` with which less would be held, each with what it does.
     """
 
     peak: dict[Kind, int]
@@ -88,6 +95,7 @@ class Estimate:
     batch_size: int
     micro_batches: int
     devices: int
+    data_ranks: int
     sharded: bool
     gradient_checkpointing: bool
     strategy: str
@@ -203,6 +211,25 @@ def gathered_weights(tracker: Tracker) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def divided_layers() -> Iterator[None]:
+    """Lets layers be divided over a tensor group without values, which meshes of ranks have, but inputs have not.
+
+    The ranks compare the inputs of a layer to find out whether they are parts, on which no memory depends.
+    """
+    concatenate = DeviceMesh._concatenate
+
+    def concatenated(meshes: list[DeviceMesh]) -> DeviceMesh:
+        with unset_fake_temporarily():
+            return concatenate(meshes)
+
+    with (
+        patch.object(DeviceMesh, "_concatenate", staticmethod(concatenated)),
+        patch.object(tensor_parallel, "_differ", lambda inputs, group: False),
+    ):
+        yield
+
+
 class _Run:
     """The run of a recipe, on fake tensors.
 
@@ -226,14 +253,21 @@ class _Run:
         """Builds the model, and runs the updates."""
         self._connect()
         batch = self._batch()
-        with self.mode, casts_of_fake_weights():
+        with self.mode, casts_of_fake_weights(), divided_layers():
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
-        tracker = Tracker(vocab, self.settings.devices_per_node, HELD if self.is_offloaded else ())
-        with self.mode, tracker, gathered_weights(tracker):
+        strategy = self.trainer.strategy
+        columns = {vocab, vocab // strategy.tensor} if isinstance(strategy, Sharded) else {vocab}
+        tracker = Tracker(columns, self.settings.devices_per_node, HELD if self.is_offloaded else ())
+        with self.mode, tracker, gathered_weights(tracker), divided_layers(), self._offloaded_activations(tracker):
             batch = self._prepare(tracker, batch)
             phases = self._update(tracker, batch)
         return self._result(tracker, phases, batch)
+
+    @property
+    def _micro_batches_of_all(self) -> int:
+        """Micro-batches of an update of all ranks. Those of a tensor group compute the same ones together."""
+        return self.trainer.accumulate_grad_batches * data_ranks(self.trainer).number
 
     # ---- before the first update
 
@@ -241,11 +275,6 @@ class _Run:
         """Connects trainer, module and data as `fit` does, and leaves out what moves or compares values."""
         trainer, strategy, data = self.trainer, self.trainer.strategy, self.data
         trainer.callbacks, trainer.state.fn, trainer.datamodule = [], TrainerFn.FITTING, data
-        if isinstance(strategy, Sharded) and strategy.tensor > 1:
-            raise UserError(
-                "trainer.strategy.tensor: tensor parallelism is not planned; leave it out, or measure an update on the "
-                "devices (fit --dry_run)"
-            )
         strategy.connect(self.module)
         self.module.trainer = data.trainer = trainer
         strategy.setup_environment()
@@ -265,7 +294,7 @@ class _Run:
             batch: Any = data.full_batch(data.batch_size) if found is None else data.batch("train", found)
         else:
             batch = data.full_batch(data.batch_size)
-        parts = self.trainer.accumulate_grad_batches * self.settings.devices
+        parts = self._micro_batches_of_all
         data.report, data.longest_path = dict, lambda splits: None
         data.mismatched_ids = lambda split, ids: range(parts)
         data.in_batches = lambda split, ids: [[i] for i in ids]
@@ -346,7 +375,7 @@ class _Run:
     def _prepare(self, tracker: Tracker, batch: dict[str, Any]) -> dict[str, Any]:
         """Brings the run to the end of an update; returns the batch as fake tensors, with its update's totals.
 
-        Then there are gradients, which are released after the next forward pass, and an optimizer state.
+        Then there is an optimizer state, and gradients that are released next.
         """
         module, strategy = self.module, self.trainer.strategy
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -365,7 +394,7 @@ class _Run:
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("gradient_as_bucket_view"):
             with tracker.allocating(Kind.COMMUNICATION):  # the reducer copies gradients into buckets
                 self.kept.append(torch.empty(size_of(trained), dtype=torch.uint8))
-        counts, parts = module.count(batch), self.trainer.accumulate_grad_batches * self.settings.devices
+        counts, parts = module.count(batch), self._micro_batches_of_all
         batch["update_ids"] = [0]
         batch["update"] = Update(counts["targets"] * parts, counts["rows"] * parts, parts, batch.get("weight"))
         with tracker.allocating(Kind.OPTIMIZER):
@@ -384,11 +413,10 @@ class _Run:
         trainer, module, strategy = self.trainer, self.module, self.trainer.strategy
         (optimizer,) = trainer.optimizers
         phases = []
+        optimizer.zero_grad()  # as after the last update, see `UpdateModule.optimizer_step`
         for micro_batch in range(self.micro_batches):
             tracker.costs = Costs()
             loss = strategy.training_step(batch, micro_batch)
-            if micro_batch == 0:
-                optimizer.zero_grad()  # Lightning does so after the forward pass
             strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
             del loss
             phases.append(tracker.costs)
@@ -403,6 +431,24 @@ class _Run:
             optimizer.step()
         return [*phases, tracker.costs]
 
+    @contextmanager
+    def _offloaded_activations(self, tracker: Tracker) -> Iterator[None]:
+        """Leaves out activations that a GPU would move to host memory."""
+        if not self.settings.on_gpu:
+            yield
+            return
+
+        class Uncounted(OnHost):
+            def __init__(self, tensor: Tensor) -> None:
+                with tracker.paused():
+                    self.copy = torch.empty_like(tensor)
+
+            def to_device(self) -> Tensor:
+                return torch.empty_like(self.copy)
+
+        with patch.object(recomputation, "to_host", Uncounted):
+            yield
+
     def _result(self, tracker: Tracker, phases: list[Costs], batch: dict[str, Any]) -> Estimate:
         trainer, module, data = self.trainer, self.module, self.data
         *micro_batches, step = phases
@@ -413,7 +459,7 @@ class _Run:
             (step, 1),
         ]:
             costs.add(phase, times)
-        counts, parts = module.count(batch), trainer.accumulate_grad_batches * self.settings.devices
+        counts, parts = module.count(batch), self._micro_batches_of_all
         (optimizer,) = trainer.optimizers
         return Estimate(
             peak=tracker.peak,
@@ -429,8 +475,9 @@ class _Run:
             batch_size=data.batch_size,
             micro_batches=trainer.accumulate_grad_batches,
             devices=self.settings.devices,
+            data_ranks=data_ranks(trainer).number,
             sharded=isinstance(trainer.strategy, ModelParallelStrategy),
-            gradient_checkpointing=module.gradient_checkpointing,
+            gradient_checkpointing=bool(module.gradient_checkpointing),
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
             ways_to_hold_less=tuple(self._ways_to_hold_less()),

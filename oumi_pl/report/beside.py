@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from oumi_pl.report.curves import COLORS, FAINT, MOST, grid, smooth, steps_of, thin, ticks, window_of
+from oumi_pl.report.curves import COLORS, FAINT, MOST_UNKNOWN, grid, smooth, steps_of, thin, ticks, window_of
 from oumi_pl.report.record import Record
 from oumi_pl.report.words import clock, large, number
 from oumi_pl.runs import folders
@@ -200,7 +200,9 @@ def picture(found: Sequence[Group], file: Path) -> None:
     records = [run for group in found for run in group.runs]
     counts = {name: sum(name in run.metrics for run in records) for name in DRAWN}
     drawn = {name: title for name, title in DRAWN.items() if counts[name] > (0 if name.endswith("/loss") else 1)}
-    drawn = drawn or {name: name for run in records for name in [*run.metrics][:MOST]}
+    if not drawn:
+        names = dict.fromkeys(name for run in records for name in run.metrics)
+        drawn = {name: name for name in [*names][:MOST_UNKNOWN]}
     with grid(file, len(drawn), min(3, len(drawn)), (4.8, 3.1), 0.22 * len(found) + 0.35) as (figure, axes):
         bounds = steps_of(run.metrics[name] for name in drawn for run in records if name in run.metrics)
         for axis, (metric, title) in zip(axes, drawn.items(), strict=True):

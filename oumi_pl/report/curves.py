@@ -63,7 +63,7 @@ class Panel:
     """A value to compare with, such as chance, drawn as a thin line."""
 
 
-MOST = 12
+MOST_UNKNOWN = 12
 """Panels of metrics that have no known name, at most."""
 
 
@@ -103,7 +103,7 @@ def panels(metrics: Mapping[str, Column]) -> list[Panel]:
     ]
     if not _same(metrics, "val/nll", "val/loss"):
         candidates.insert(1, Panel("Cross-entropy, nats per target token", (Line("val/nll", "validation", orange),)))
-    return _filled(candidates, metrics) or unknown[:MOST]
+    return _filled(candidates, metrics) or unknown[:MOST_UNKNOWN]
 
 
 def _online_panels(metrics: Mapping[str, Column]) -> list[Panel]:
@@ -314,7 +314,7 @@ def svg(panel: Panel, metrics: Mapping[str, Column], resumed: Sequence[int] = ()
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup))
     markup = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", markup)
     own = re.sub(r"\W+", "", panel.title)  # ids are shared by all SVG elements of a page
-    markup = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", markup)
+    markup = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}-", markup)
     for i, color in enumerate(COLORS):
         markup = markup.replace(color, f"var(--c{i})")
     return markup.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("\n", " ").strip()

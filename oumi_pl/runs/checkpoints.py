@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -178,7 +178,7 @@ def sharded_optimizer_state(path: Path, number: int, module: nn.Module, optimize
         known = {name: values for name, values in saved["state"].items() if name in own["state"]}
         return saved | {
             "state": {
-                name: {key: sharded_as(value, own["state"][name].get(key)) for key, value in values.items()}
+                name: {key: as_kept(value, own["state"][name].get(key)) for key, value in values.items()}
                 for name, values in known.items()
             }
         }
@@ -194,6 +194,53 @@ def sharded_optimizer_state(path: Path, number: int, module: nn.Module, optimize
     parts = {optimizer_key: own}
     load(parts, checkpoint_id=path)
     return {"state": {}} | parts[optimizer_key]
+
+
+def in_own_form(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The state of an optimizer as it keeps it: in 8 bits, for those of torchao, of which shards are read as floats.
+
+    Args:
+        saved: The state by the names of weights.
+        module: Holds the weights, which are not sharded.
+        optimizer: One of torchao gets a state of zeros for all that is trained.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    if not type(optimizer).__module__.startswith("torchao."):
+        return saved
+    own: dict[str, Any] = get_optimizer_state_dict(module, optimizer)["state"]  # type: ignore[assignment]
+    state = {
+        name: {key: as_kept(value, own.get(name, {}).get(key)) for key, value in values.items()}
+        for name, values in saved["state"].items()
+    }
+    return saved | {"state": state}
+
+
+def as_kept(value: Any, like: Any) -> Any:
+    """A whole value of a saved state, in the form in which an optimizer keeps it; all ranks have to call this.
+
+    Args:
+        value: As it was saved.
+        like: The optimizer's own one, which is overwritten if it is quantized; None if it has none.
+    """
+    local: Any = like.to_local() if isinstance(like, DTensor) else like
+    if not isinstance(value, Tensor) or local is None or type(value) is type(local) is Tensor:
+        return sharded_as(value, like)
+    if type(value) is type(like):
+        return value
+    floats = sharded_as(value if type(value) is Tensor else value.dequantize(), like)
+    floats = floats.to_local() if isinstance(floats, DTensor) else floats
+    local.copy_(floats)
+    if type(local) is not Tensor:
+        # the codes of torchao reach from -0.993 to 1: blocks whose largest value is negative would shrink each time
+        lost = _largest(floats, local.block_size) / _largest(local.dequantize(), local.block_size)
+        local.scale.mul_(lost.nan_to_num(1.0))
+    return like
+
+
+def _largest(values: Tensor, block_size: int) -> Tensor:
+    """The largest absolute value of each block, `[blocks]`."""
+    return values.abs().view(-1, block_size).amax(-1)
 
 
 def sharded_as(value: Any, like: Any) -> Any:

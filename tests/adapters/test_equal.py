@@ -20,6 +20,7 @@ from oumi_pl.losses.policy import BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRP
 from oumi_pl.losses.preference import BCO, LDDPO, JensenShannon, Robust, Sigmoid, WeightedSum
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.losses.reward import BradleyTerry
+from oumi_pl.models.recomputation import EveryNth
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.grpo import GRPO
 from oumi_pl.modules.pretrain import Pretrain
@@ -178,6 +179,29 @@ def test_other_token_losses(tmp_path, engine, loss):
 def test_adapters_and_frozen_parts(tmp_path, engine):
     assert_equal(engine, sft, tmp_path, lora=LORA)
     assert_equal(engine, sft, tmp_path, freeze=["model.embed_tokens"], gradient_checkpointing=True)
+
+
+class Counted(EveryNth):
+    """Counts the runs of layers that will be recomputed."""
+
+    runs = 0
+
+    def function_of(self, layer, index):
+        run = super().function_of(layer, index)
+
+        def counted(*args):
+            self.runs += 1
+            return run(*args)
+
+        return run and counted
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["hf", "trl"])
+def test_layers_follow_the_policy_of_recomputation(tmp_path, engine):
+    policy = Counted(2)  # of two layers, the first
+    record = assert_equal(engine, sft, tmp_path, gradient_checkpointing=policy)
+    assert policy.runs == 2 * sum(len(update) for update in record.updates)
 
 
 @pytest.mark.filterwarnings("ignore")

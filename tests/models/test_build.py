@@ -388,7 +388,7 @@ def test_numbers_that_torch_can_not_take_are_refused_by_their_key(tmp_path, chan
         build_model(str(folder))
 
 
-@pytest.mark.parametrize("value", [[[]], "", {}, [1, "a"], True])
+@pytest.mark.parametrize("value", [[[]], "", {}, [1, "a"], True, 10**19, [1, -(10**19)]])
 def test_token_ids_in_a_generation_config_that_are_no_numbers_are_refused(tmp_path, value):
     folder = pretrained(tmp_path / "model")
     (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": value}))

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from oumi_pl.models import sharding
 from oumi_pl.models.build import build_model
 from oumi_pl.models.fingerprint import weights_fingerprint
+from oumi_pl.models.recomputation import EveryNth, Offload, Selective
 from oumi_pl.models.sharding import Parts, Sharded, Structure
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
@@ -75,6 +76,8 @@ def cases(folder: Path) -> dict:
     packed: dict = {"packing": True, "max_length": 64, "group_by_length": False}
     base = {name: str(folder / name) for name in ("llama", "tied", "experts", "plain", "wide")}
     qlora = {"model": base["wide"], "lora": LORA, "quantization": "nf4"}
+    second, selective = ({"gradient_checkpointing": policy} for policy in (EveryNth(2), Selective()))
+    elsewhere = {"gradient_checkpointing": Offload(recompute=False)}
     own_tokenizer = {"tokenizer": None, "template": "chatml"}
     return {
         "pretrained": (lambda: sft(model=base["llama"]), lambda: data(folder, **packed), "Parts"),
@@ -96,6 +99,16 @@ def cases(folder: Path) -> dict:
         "lora, offloaded": (lambda: sft(model=base["llama"], lora=LORA), lambda: data(folder, **packed), "Parts"),
         "random, offloaded": (lambda: module(), lambda: data(folder, **packed), "FirstRank"),
         "dpo, a copy, offloaded": (lambda: dpo(base["llama"], reference="online"), lambda: dpo_data(folder), "Parts"),
+        "selective": (lambda: sft(model=base["tied"], **selective), lambda: data(folder), "Parts"),
+        "lora, every second": (lambda: sft(model=base["llama"], **second, lora=LORA), lambda: data(folder), "Parts"),
+        "dpo, selective": (
+            lambda: dpo(base["llama"], reference="online", **selective),
+            lambda: dpo_data(folder),
+            "Parts",
+        ),
+        "fp8": (lambda: sft(model=base["llama"], fp8="emulated"), lambda: data(folder, **packed), "Parts"),
+        "dpo, fp8": (lambda: dpo(base["llama"], reference="online", fp8="emulated"), lambda: dpo_data(folder), "Parts"),
+        "kept elsewhere": (lambda: sft(model=base["llama"], **elsewhere), lambda: data(folder, **packed), "Parts"),
         "dpo, moving": (lambda: dpo(base["tied"], sync_every=1), lambda: dpo_data(folder), "Parts"),
     }
 
@@ -212,9 +225,8 @@ def assert_equal_to_one_process(folder: Path, results: dict) -> None:
 
 
 def test_two_processes_train_what_one_trains(folder):
-    assert_equal_to_one_process(
-        folder, on_processes(folder, 2, ["pretrained", "tied", "lora", "dpo, a copy", "qlora", "lora, offloaded"])
-    )
+    names = ["pretrained", "tied", "lora", "dpo, a copy", "qlora", "lora, offloaded", "selective", "lora, every second"]
+    assert_equal_to_one_process(folder, on_processes(folder, 2, names))
 
 
 @pytest.mark.slow

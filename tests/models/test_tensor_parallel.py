@@ -12,16 +12,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
+import oumi_pl.optim.muon
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models.build import build_model
+from oumi_pl.models.recomputation import EveryNth, Selective
 from oumi_pl.models.sharding import Parts, Sharded, data_ranks
 from oumi_pl.models.tensor_parallel import Share, _Copies, checked_styles, refuse_undividable
 from oumi_pl.modules.distill import Distill
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
+from oumi_pl.optim import MuonAdamW
 from oumi_pl.types import TokenLoss
 from tests.conftest import free_port
 from tests.models.test_lora import pretrained
@@ -53,6 +57,7 @@ OTHERS = {
     for name in ("phi3", "olmo2", "gemma2", "cohere", "qwen2", "glm4", "starcoder2", "phi", "apertus", "nemotron")
 }
 sft = functools.partial(SFT, optimizer=sgd)
+muon = functools.partial(MuonAdamW, lr=0.01)
 HEAD = ["q_proj", "down_proj", "lm_head"]
 UPDATES, ROWS = 3, 4
 
@@ -92,6 +97,11 @@ def cases(folder: Path) -> dict:
         "pretrain": (lambda: Pretrain(config=QWEN3, optimizer=sgd), rows, {}),
         "clipped": (lambda: sft(model=base["qwen3"]), rows, {"gradient_clip_val": 0.1}),
         "recomputed": (lambda: sft(model=base["qwen3"], gradient_checkpointing=True), packed_rows, {}),
+        "selective": (lambda: sft(model=base["qwen3"], gradient_checkpointing=Selective()), packed_rows, {}),
+        "every second": (lambda: sft(model=base["biased"], gradient_checkpointing=EveryNth(2)), rows, {}),
+        "muon": (lambda: SFT(model=base["qwen3"], optimizer=muon), packed_rows, {}),
+        "bf16-true": (lambda: sft(model=base["qwen3"]), packed_rows, {"precision": "bf16-true"}),
+        "bf16-mixed": (lambda: sft(model=base["qwen3"]), packed_rows, {"precision": "bf16-mixed"}),
         "frozen": (lambda: sft(model=base["qwen3"], freeze=["model.embed_tokens"]), rows, {}),
         "smooth": (lambda: sft(model=base["qwen3"], loss=smooth), rows, {}),
         "squared": (lambda: sft(model=base["qwen3"], loss=Squared()), rows, {}),
@@ -182,10 +192,40 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         patch.setattr(fsdp, "fully_shard", mean_over_all)
     elif fault == "a tied weight that each rank counts":
         patch.setattr(_Whole, "__call__", counted_by_each)
+    elif fault == "exact iterations":
+        iterate_exactly(patch)
+    elif fault == "exact iterations of parts":
+        iterate_exactly(patch)
+        patch.setattr(oumi_pl.optim.muon, "_orthogonal", of_parts)
     elif fault in ("a lost bias", "a lost norm"):
         patch.setattr(tensor_parallel, "Partial", Replicate)
     else:
         assert not fault
+
+
+def iterate_exactly(patch: pytest.MonkeyPatch) -> None:
+    """Makes Muon iterate in float64: in bfloat16 it enlarges the last digits of gradients to percents of the update."""
+
+    def orthogonal(matrix, coefficients, steps, eps):
+        a, b, c = coefficients
+        x = (matrix.T if matrix.size(0) > matrix.size(1) else matrix).double()
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return (x.T if matrix.size(0) > matrix.size(1) else x).to(matrix.dtype)
+
+    patch.setattr(oumi_pl.optim.muon, "_zeropower_via_newtonschulz", orthogonal)
+    patch.setattr(torch.Tensor, "bfloat16", lambda self: self)
+
+
+def of_parts(update, *settings):
+    """Orthogonalises what a rank holds, by itself."""
+    part = update.to_local() if isinstance(update, DTensor) else update
+    part = oumi_pl.optim.muon._zeropower_via_newtonschulz(part, *settings)
+    if not isinstance(update, DTensor):
+        return part
+    return DTensor.from_local(part, update.device_mesh, update.placements, shape=update.shape, stride=update.stride())
 
 
 def on_processes(folder: Path, ranks: int, names, **sizes) -> dict:
@@ -227,12 +267,40 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_that_divide_layers_train_what_one_trains(folder):
-    assert_equal_to_one_process(folder, on_processes(folder, 2, ["qwen3", "lora", "dpo"]))
+    assert_equal_to_one_process(folder, on_processes(folder, 2, ["qwen3", "lora", "dpo", "selective"]))
 
 
 @pytest.mark.slow
 def test_every_model_and_trainer_type_is_the_same_on_two_processes(folder):
-    assert_equal_to_one_process(folder, on_processes(folder, 2, cases(folder)))
+    names = [name for name in cases(folder) if not name.startswith(("bf16", "muon"))]
+    assert_equal_to_one_process(folder, on_processes(folder, 2, names))
+
+
+@pytest.mark.slow
+def test_in_bfloat16_two_processes_round_as_much_as_one(folder):
+    fault = "bf16-mixed: a mean over all ranks"
+    results = on_processes(folder, 2, ["bf16-true", "bf16-mixed", fault])
+    for name, result in results.items():
+        case = name.partition(":")[0]
+        one, exact = (trained(folder, case, 1, **settings)[0] for settings in ({}, {"precision": "32-true"}))
+        of_one, of_two = (distance(in_float32(weights), exact) for weights in (one, result["weights"]))
+        assert result["same"]
+        assert {n: w.dtype for n, w in result["weights"].items()} == {n: w.dtype for n, w in one.items()}
+        assert (of_two > 3 * of_one) if name == fault else (of_two < 2 * of_one), (name, of_one, of_two)
+
+
+@pytest.mark.slow
+def test_muon_orthogonalises_whole_matrices(folder, monkeypatch):
+    names = ["muon: exact iterations", "muon: exact iterations of parts"]
+    right, of_parts = (result["weights"] for result in on_processes(folder, 2, names).values())
+    iterate_exactly(monkeypatch)
+    expected = trained(folder, "muon", 1)[0]
+    assert distance(right, expected) < 1e-5
+    assert distance(of_parts, expected) > 1e-2
+
+
+def in_float32(weights: dict) -> dict:
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 @pytest.mark.slow

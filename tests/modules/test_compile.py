@@ -8,6 +8,8 @@ from torch._dynamo.utils import counters
 from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
+from oumi_pl.errors import UserError
+from oumi_pl.models.recomputation import EveryNth, Offload, Selective
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from tests.models.test_lora import pretrained
@@ -116,13 +118,20 @@ def test_inductor_gives_the_losses_of_eager_mode_and_compiles_nothing_again(tmp_
 
 
 @pytest.mark.slow
-def test_a_recomputed_layer_is_compiled_as_well(tmp_path, compilations):
+@pytest.mark.parametrize("policy", [True, EveryNth(2), Offload()])
+def test_a_recomputed_layer_is_compiled_as_well(tmp_path, compilations, policy):
     weights = []
     for compiled in (True, False):
-        sft = SFT(config=LLAMA, optimizer=sgd, compile=compiled, gradient_checkpointing=True)
+        sft = SFT(config=LLAMA, optimizer=sgd, compile=compiled, gradient_checkpointing=policy)
         L.seed_everything(1)
         trainer(max_steps=2).fit(sft, data(tmp_path, 8, batch_size=4))
         weights.append([p.detach() for p in sft.parameters()])
     assert len([n for g in compilations for n in g.graph.nodes if "linear" in str(n.target)]) >= 7
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_policy_for_single_operations_is_refused():
+    """Compiled code reuses the memory of its products."""
+    with pytest.raises(UserError, match=r"Selective can't be had with model\.compile"):
+        SFT(config=LLAMA, compile=True, gradient_checkpointing=Selective())

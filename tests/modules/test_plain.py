@@ -193,7 +193,7 @@ REFUSED = {
     "a config": (lambda: SFT(new(Recurrent), {"hidden_size": 8}), "model.config: Recurrent was passed as an object"),
     "recomputation": (
         lambda: SFT(new(Recurrent), gradient_checkpointing=True).build(None),
-        "model.gradient_checkpointing: Recurrent has no such switch",
+        "model.gradient_checkpointing: Recurrent does not support it",
     ),
     "attention": (lambda: SFT(new(Recurrent), attn="sdpa").build(None), "model.attn: Recurrent has none"),
     "scores": (lambda: Reward(new(Recurrent)), "Reward gives scores; pass the name or folder"),

@@ -1,6 +1,9 @@
 """MuonAdamW against the two optimizers that it is made of."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,6 +15,7 @@ from oumi_pl.modules.sft import SFT
 from oumi_pl.optim import parameter_groups
 from oumi_pl.optim.muon import MuonAdamW
 from tests.architectures import small
+from tests.conftest import free_port
 from tests.tiny import data, fit, weights
 
 
@@ -140,3 +144,44 @@ def test_the_closure_is_called_once_with_gradients():
 def test_without_matrices_there_is_nothing_for_muon():
     with pytest.raises(UserError, match="needs hidden matrices"):
         MuonAdamW(parameter_groups([("bias", nn.Parameter(torch.zeros(3)))]))
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+sys.path.insert(0, {root!r})
+from oumi_pl.optim import muon
+rank, port, fault = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://localhost:{{port}}", rank=rank, world_size=4)
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+if fault:  # products of shards are summed
+    muon._orthogonal = muon._zeropower_via_newtonschulz
+
+def trained(placements, shape):
+    torch.manual_seed(0)
+    sharded = (lambda x: x) if placements is None else (lambda x: distribute_tensor(x, mesh, placements))
+    weight = torch.nn.Parameter(sharded(torch.randn(shape)))
+    optimizer = muon.MuonAdamW([dict(params=[weight], name="matrices")], lr=0.1)
+    for _ in range(3):
+        weight.grad = sharded(torch.randn(*shape[:-1], 4) @ torch.randn(*shape[:-2], 4, shape[-1]))  # of low rank
+        optimizer.step()
+    return weight.detach() if placements is None else weight.detach().full_tensor()
+
+layouts = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Shard(1), Shard(0)), (Replicate(), Shard(0))]
+cases = [(shape, layout) for shape in ((64, 32), (32, 64)) for layout in layouts]
+cases += [((4, 32, 16), layouts[0])] * (not fault)
+distances = [float((trained(layout, shape) - trained(None, shape)).norm()) for shape, layout in cases]
+assert not torch.isnan(torch.tensor(distances)).any()
+assert (max(distances) > 1e-2) if fault else (max(distances) == 0), distances
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", "products of shards"])
+def test_sharded_matrices_are_updated_as_whole_ones(tmp_path, fault):
+    script, port = tmp_path / "worker.py", free_port()
+    script.write_text(WORKER.format(root=str(Path(__file__).parents[2])))
+    command = [[sys.executable, str(script), str(rank), port, fault] for rank in range(4)]
+    ranks = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for call in command]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), errors[0][-3000:]

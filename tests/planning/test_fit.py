@@ -64,6 +64,7 @@ def planned(settings):
         costs=Costs(),
         tokens=layout.rows,
         targets=layout.rows,
+        data_ranks=layout.devices,
         sharded=True,
         strategy="Sharded",
         precision="32-true",

@@ -69,11 +69,13 @@ def test_any_series_is_drawn_without_a_warning(tmp_path, values, recwarn):
 
 def test_metrics_without_a_known_name_have_a_panel_each(tmp_path):
     """Those of a module of the user's, or of a file whose first line is damaged."""
-    metrics = {"arb_up/grod": column([2, 1]), "speed": column([3])}
-    assert titles(metrics) == ["arb_up/grod", "speed"]
+    metrics = {"arb_up/grod": column([2, 1]), "speed": column([3]), r"a$\frac_{c$": column([1])}
+    assert titles(metrics) == [*metrics]
     assert titles({f"m{i}": column([i]) for i in range(50)}) == [f"m{i}" for i in range(12)]
     curves.png(metrics, "run", tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    (panel,) = curves.panels({"4 <x>": column([2, 1])})
+    assert "4 &lt;x&gt;" in curves.svg(panel, {"4 <x>": column([2, 1])})
     assert titles(metrics | {"train/loss": column([1])}) == ["Loss, nats per target token"]
 
 
