@@ -185,8 +185,8 @@ def _repeated(report: dict[str, Any]) -> list[str]:
     if near := report.get("near_duplicates"):
         parts.append(f"{near['rows']:,} near an earlier row")
     if shared := report.get("text_in_training"):
-        half = f" ({shared['half']:,} with half of their text)" if shared["half"] else ""
-        parts.append(f"{shared['rows']:,} with 13 words in a row that are in training too{half}")
+        half = f" ({shared['half']:,} with half of their runs)" if shared["half"] else ""
+        parts.append(f"{shared['rows']:,} share a run of 13 words (or all, if shorter) with training{half}")
     return parts
 
 

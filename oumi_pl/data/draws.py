@@ -15,7 +15,7 @@ from oumi_pl.errors import UserError, nearest
 SampleBy = str | dict[str, Any]
 BALANCED = "balanced"
 YAML_BOOLEANS = {"no": "false", "off": "false", "false": "false", "yes": "true", "on": "true", "true": "true"}
-"""Words that YAML reads as booleans if they are not in quotes -> the class that such a boolean names."""
+"""Unquoted words that YAML 1.1 reads as booleans -> `true` or `false`."""
 LISTED = 12
 """Most classes in a report."""
 
@@ -158,7 +158,7 @@ class Draws:
 def class_of(value: Any) -> str:
     """The name of a class: text as it is, another value as JSON writes it (`true`, `3`), a date as ISO 8601."""
     if isinstance(value, date):  # which YAML makes of a class's name without quotes
-        return str(value)
+        return value.isoformat()
     return value if isinstance(value, str) else json.dumps(plain(value))
 
 
@@ -228,6 +228,12 @@ def _classes(sample_by: Mapping[str, Any]) -> tuple[str, dict[str, float] | None
     for name, share in shares.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not isfinite(share) or share < 0:
             raise UserError(f"data.sample_by: the share of {name!r} is {share!r}, and has to be a number of at least 0")
+    for name, count in Counter(map(class_of, shares)).items():
+        if count > 1:
+            hint = (
+                "; without quotes, YAML reads no and off as false, yes and on as true" if name in YAML_BOOLEANS else ""
+            )
+            raise UserError(f"data.sample_by: {column} has {count} shares for the class {name!r}{hint}")
     if not any(shares.values()):
         raise UserError("data.sample_by: all shares are 0")
     return str(column), {name: float(share) for name, share in _by_class(shares).items()}

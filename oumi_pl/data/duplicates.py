@@ -87,8 +87,7 @@ class KeyFiles:
         """Adds a row."""
         keys = content_hash(record.content_key()), prompt_hash(record.split_key())
         self._files[self.KEYS].write(struct.pack("<QQ", *keys))
-        # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
-        self._files[self.ORIGINS].write(origin.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
+        self._files[self.ORIGINS].write(line_of(origin))
 
     def close(self, *, keep: bool) -> None:
         """Closes the files, and names or removes them."""
@@ -102,8 +101,20 @@ class KeyFiles:
                 half.unlink(missing_ok=True)
 
 
+def line_of(origin: str) -> bytes:
+    """The line of a file that holds an origin."""
+    # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
+    return origin.replace("\n", " ").encode(errors="surrogateescape") + b"\n"
+
+
+def read_lines(file: Path) -> list[str]:
+    """The origins that a file holds."""
+    content = file.read_bytes().decode(errors="surrogateescape")
+    return content.removesuffix("\n").split("\n") if content else []
+
+
 class Lines(Sequence[str]):
-    """The lines of a file, read when asked for."""
+    """As `read_lines`, but a line is only decoded when it is asked for."""
 
     def __init__(self, file: Path) -> None:
         self._bytes = np.fromfile(file, dtype=np.uint8)

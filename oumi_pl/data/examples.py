@@ -604,10 +604,12 @@ class ExampleData(TextData):
         """The texts of the rows that are used, of each source of a split, to find near duplicates."""
         from oumi_pl.data.near_duplicates import RowTexts
 
-        sources = zip(self.stores(split), self.records_by_source(split), strict=True)
+        def texts(number: int, store: ExampleStore) -> Iterator[tuple[int, str]]:
+            return _texts(store.origins, self.records_by_source(split)[number])
+
         return [
-            RowTexts(store.directory.name, store, partial(_texts, store.origins, records), store.report["source"])
-            for store, records in sources
+            RowTexts(store.directory.name, store, partial(texts, number, store), store.report["source"])
+            for number, store in enumerate(self.stores(split))
         ]
 
 

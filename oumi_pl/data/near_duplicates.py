@@ -1,26 +1,29 @@
 """Near duplicates: rows that share runs of 13 words with other rows of a split, or with training rows.
 
 The *13-grams* of a text are the runs of 13 words in it, without case, punctuation and white space, as in appendix C of
-GPT-3 (Brown et al. 2020, arXiv:2005.14165). A shorter text has one, all of its words. Two questions are answered, both
-exactly:
+GPT-3 (Brown et al. 2020, arXiv:2005.14165). A shorter text has one, all of its words. In scripts without spaces between
+words, such as Chinese or Thai, each character counts as a word, so that 13 of them are 4 to 8 real words. Two questions
+are answered, both exactly:
 
 - Which rows of a split are near duplicates? Two rows are if the 13-grams that both have are at least half of those that
   either has (a Jaccard index of 0.5). One changed word changes 13 of them, so that this is about as strict as 0.8 of
   5-grams, which Lee et al. (arXiv:2107.06499) use. A row is counted if it is near one before it that is not counted.
-- Which held-out rows have text that is in training? Those with a 13-gram of a training row, or with half of their
-  13-grams in training rows. As in GPT-3, a 13-gram that more than 10 training rows have is a common phrase, such as the
-  instruction of a prompt, and not enough by itself.
+- Which held-out rows have text that is in training? Those with a 13-gram of a training row. As in GPT-3, a 13-gram that
+  more than 10 training rows have is a common phrase, such as the instruction of a prompt, and doesn't count, unless the
+  row has no others: then all of its text is in training.
 
 Pairs with a Jaccard index of 0.5 are found without comparing all of them, by prefix filtering (Bayardo, Ma and Srikant
 2007, Xiao et al. 2008): with the 13-grams of all rows in one order, two such rows share one of the first half. In an
-order that begins with 13-grams that only one row has, most rows have none to look up. MinHash, which is usual for this,
-finds most of the pairs, and would need the 13-grams as well, to tell them from others.
+order that begins with the rarest 13-grams, most rows have none to look up, and the text of a template comes last. The
+time is quadratic only if most rows consist of 13-grams that many rows have in different combinations. MinHash, which is
+usual for this, finds most of the pairs, and would need the 13-grams as well, to tell them from others.
 """
 
 import hashlib
 import json
 import re
 import tempfile
+import unicodedata
 import zlib
 from array import array
 from bisect import bisect_right
@@ -30,8 +33,10 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
 from oumi_pl.data.duplicates import LISTED, Keyed, Places
+from oumi_pl.data.splitting import content_hash
 from oumi_pl.data.store import cache_key, cache_root, own_code
 from oumi_pl.runs import files
 from oumi_pl.runs.folders import remove_abandoned
@@ -44,11 +49,15 @@ COMMON = 10
 BLOCK = 4096
 """Rows that are counted at once."""
 LARGEST_TABLE = 28
-"""Bits of the largest table of grams that several rows have, which then takes 512 MiB."""
+"""Bits of the largest table of counts of grams, which takes 512 MiB."""
 
-# scripts without spaces between words: each character is one
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+# scripts without spaces between words: each character is one, with its marks
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# marks, such as the vowels of Hindi, are part of a word for `regex`, but not for `re`, which is four times as fast
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^\W{_UNSPACED}]+")
+_WORD_WITHOUT_MARKS = re.compile(r"\w+")
+# characters of scripts besides Latin, Greek and Cyrillic, marks, and joiners
+_OTHERS = re.compile("[\u0300-\u036f\u0483-\u0489\u0590-\u1dff\u200c\u200d\u20d0-\u20ff\u2c00-\U0010ffff]")
 _FACTOR = 0x9E3779B97F4A7C13  # odd, and 3 modulo 8, so that its powers differ in the low bits
 _MOST_WORDS = 1_000_000  # whose hashes are remembered
 
@@ -88,7 +97,8 @@ def with_near_duplicates(
     Returns:
         Also `near_duplicates` (`rows`, and the `first` of them, each with the row that it is near), and of a held-out
         split `text_in_training` (`rows`, how many of these have `half` of their 13-grams in training, and the `first`
-        of them, each with a training row), whose number of rows each of several sources has too.
+        of them, each with a training row; all without common phrases), whose number of rows each of several sources has
+        too.
     """
     counts = _counted(sources, training)
     place = Places([source.rows for source in sources])
@@ -134,7 +144,7 @@ def _counted(sources: Sequence[RowTexts], training: Sequence[RowTexts] | None) -
 
 def grams_of(text: str) -> np.ndarray:
     """Hashes of the 13-grams of a text, `[grams]` uint64, ascending, each once; empty if it has no word."""
-    words = _WORD.findall(text.casefold())
+    words = _words(text)
     hashes = np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))
     size = min(WORDS, len(words))
     rolling = np.full(len(words) - size + 1, size, np.uint64)
@@ -145,6 +155,12 @@ def grams_of(text: str) -> np.ndarray:
     rolling *= np.uint64(0xBF58476D1CE4E5B9)
     rolling ^= rolling >> np.uint64(29)
     return np.unique(rolling) if words else np.empty(0, np.uint64)
+
+
+def _words(text: str) -> list[str]:
+    # the same text may be written with composed or with combining characters; case folding can take them apart again
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return (_WORD if _OTHERS.search(folded) else _WORD_WITHOUT_MARKS).findall(folded)
 
 
 class _WordHashes(dict[str, int]):
@@ -170,6 +186,8 @@ class Grams:
     def __init__(self, source: RowTexts) -> None:
         self.numbers = array("q")
         """Numbers of the rows."""
+        self.text_hashes = array("Q")
+        """Hashes of their texts."""
         self._ends = array("q", [0])
         total = len(source.rows.origins)
         with tempfile.TemporaryFile(dir=cache_root()) as file:
@@ -178,6 +196,7 @@ class Grams:
                 if len(grams):
                     file.write(grams.tobytes())
                     self.numbers.append(number)
+                    self.text_hashes.append(content_hash(text))
                     self._ends.append(self._ends[-1] + len(grams))
             file.flush()
             values = np.memmap(file, np.uint64, "r") if self._ends[-1] else np.empty(0, np.uint64)
@@ -198,11 +217,12 @@ Rows = list[tuple[int, np.ndarray]]
 def _numbered(sources: Sequence[RowTexts], of_sources: Iterable[Grams]) -> Rows:
     """The rows of sources and their grams, without those that repeat an earlier one word for word."""
     rows: Rows = []
-    start, known = 0, set[int]()
+    start, known = 0, set[tuple[int, int]]()
     for source, grams in zip(sources, of_sources, strict=True):
         keys = source.rows.record_keys
-        for index, number in enumerate(grams.numbers):
-            key = int(keys[number])
+        for index, (number, text) in enumerate(zip(grams.numbers, grams.text_hashes, strict=True)):
+            # a key is that of the first record of a row, such as a response of a pair; the text is that of all of them
+            key = int(keys[number]), text
             if key not in known:
                 known.add(key)
                 rows.append((start + number, grams[index]))
@@ -212,14 +232,18 @@ def _numbered(sources: Sequence[RowTexts], of_sources: Iterable[Grams]) -> Rows:
 
 def near_duplicates(rows: Rows) -> list[tuple[int, int]]:
     """The rows that are near an earlier one, which is not near an earlier one itself; each with the first such row."""
-    is_shared, shift = _shared_grams(rows)
+    times, shift = _counts(rows)
     rows_with: defaultdict[int, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     """Class of sizes -> gram -> places of the rows that have it among the first half of theirs."""
-    last: dict[int, int] = {}
+    last: dict[int, tuple[int, int]] = {}
+    """The last of these, with how often it occurs: its place in the order of all grams."""
     near = []
-    for place, (number, grams) in enumerate(rows):
+    for place, (number, grams) in enumerate(track(rows, "comparing rows", total=len(rows))):
         size, least = len(grams), (len(grams) + 1) // 2
-        shared = grams[is_shared[grams >> shift]].tolist()
+        counts = times[grams >> shift]
+        shared_grams, counts = grams[counts > 1], counts[counts > 1]
+        order = np.lexsort((shared_grams, counts))
+        shared, counts = shared_grams[order].tolist(), counts[order].tolist()
         alone = size - len(shared)  # come first in the order of all grams
         if _prefix(size, least) <= alone:
             continue
@@ -227,11 +251,12 @@ def near_duplicates(rows: Rows) -> list[tuple[int, int]]:
         for of_size in range(_class_of(least), _class_of(2 * size) + 1):
             prefix = _prefix(size, max(least, SIZES[of_size]))
             looked_up, others = shared[: max(0, prefix - alone)], rows_with[of_size]
+            end = (counts[len(looked_up) - 1], looked_up[-1]) if looked_up else (0, 0)
             hits = Counter(chain.from_iterable(others[gram] for gram in looked_up if gram in others))
             for other, both in hits.items():
                 theirs = len(rows[other][1])
                 # what both may have beyond what was looked up
-                rest = size - prefix if looked_up[-1] <= last[other] else theirs - _prefix(theirs, (theirs + 1) // 2)
+                rest = size - prefix if end <= last[other] else theirs - _prefix(theirs, (theirs + 1) // 2)
                 if 3 * (both + rest) >= size + theirs:
                     candidates.append(other)
         nearest = next((other for other in sorted(candidates) if _is_near(grams, rows[other][1])), None)
@@ -239,7 +264,7 @@ def near_duplicates(rows: Rows) -> list[tuple[int, int]]:
             near.append((number, rows[nearest][0]))
             continue
         indexed = shared[: _prefix(size, least) - alone]
-        last[place] = indexed[-1]
+        last[place] = counts[len(indexed) - 1], indexed[-1]
         for gram in indexed:
             rows_with[_class_of(size)][gram].append(place)
     return near
@@ -254,7 +279,7 @@ def _class_of(size: int) -> int:
 
 
 def _prefix(size: int, least: int) -> int:
-    """How many of a row's grams, the first in the order of all grams, have one that each near row has among its own.
+    """Length of the prefix (in the common order) that shares a gram with every near row of at least `least` grams.
 
     Near rows of at least `least` grams have `(size + least) / 3` grams in common.
     """
@@ -267,16 +292,18 @@ def _is_near(grams: np.ndarray, others: np.ndarray) -> bool:
     return 3 * both >= len(grams) + len(others)
 
 
-def _shared_grams(rows: Rows) -> tuple[np.ndarray, np.uint64]:
-    """A table whose entry at `gram >> shift` is True for each gram that several rows have, and for few others."""
+def _counts(rows: Rows) -> tuple[np.ndarray, np.uint64]:
+    """A table whose entry at `gram >> shift` is the number of rows with a gram; collisions add to a few of them.
+
+    More than 65,535 count as that many.
+    """
     bits = min(LARGEST_TABLE, max(10, sum(len(grams) for _, grams in rows).bit_length() + 2))
     shift = np.uint64(64 - bits)
-    seen, shared = np.zeros(1 << bits, np.bool_), np.zeros(1 << bits, np.bool_)
+    table = np.zeros(1 << bits, np.uint16)
     for block in _blocks(rows):
         entries, counts = np.unique(np.concatenate([grams for _, grams in block]) >> shift, return_counts=True)
-        shared[entries[(counts > 1) | seen[entries]]] = True
-        seen[entries] = True
-    return shared, shift
+        table[entries] = np.minimum(counts + table[entries], 65_535)
+    return table, shift
 
 
 def _blocks(rows: Rows) -> Iterator[Rows]:
@@ -290,7 +317,8 @@ def text_in_training(of_sources: Sequence[Grams], training: Rows) -> list[dict[s
 
     Returns:
         For each source `rows`, how many of these have `half` of their grams in training, and the `first` of them, each
-        with the training row that has most of the grams first.
+        with the training row that is the first to have most of its grams. Grams that more than 10 training rows have
+        are left out, unless a row has no others.
     """
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *(grams.values for grams in of_sources)]))
     counts, owners = np.zeros(len(known), np.int64), np.zeros(len(known), np.int64)
@@ -306,12 +334,13 @@ def text_in_training(of_sources: Sequence[Grams], training: Rows) -> list[dict[s
         first: list[tuple[int, int]] = []
         for index, number in enumerate(source.numbers):
             at = np.searchsorted(known, source[index])
-            at = at[counts[at] > 0]
-            has_half = 2 * len(at) >= len(source[index])
-            if has_half or (counts[at] <= COMMON).any():
+            rare = at[counts[at] <= COMMON]
+            at = rare if len(rare) else at
+            in_training = at[counts[at] > 0]
+            if len(in_training):
                 rows += 1
-                half += has_half
-                candidates, times = np.unique(owners[at], return_counts=True)
+                half += 2 * len(in_training) >= len(at)
+                candidates, times = np.unique(owners[in_training], return_counts=True)
                 first += [(number, int(candidates[times.argmax()]))] if len(first) < LISTED else []
         described.append({"rows": rows, "half": half, "first": first})
     return described

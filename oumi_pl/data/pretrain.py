@@ -419,10 +419,15 @@ class PretrainData(TextData):
         """The part of a report about documents that repeat others, counted once."""
         if split not in self.__same:
             shards, training = self.shards(split), self.__shards.get("train") if split != "train" else None
-            is_known = all(s.has_keys for s in (*shards, *(training or ())))
+            unknown = [s for s in (*shards, *(training or ())) if not s.has_keys]
+            if unknown and self.near_duplicates:
+                raise UserError(
+                    f"data.near_duplicates: {unknown[0].directory} was prepared by an earlier version, which didn't "
+                    "write where its documents are from; prepare it again, or leave out data.near_duplicates"
+                )
             reports = [source_report(s) for s in shards]
-            described = describe_repeated(shards, reports, training) if is_known else {}
-            if self.near_duplicates and is_known:
+            described = describe_repeated(shards, reports, training) if not unknown else {}
+            if self.near_duplicates:
                 described = self.__with_near_duplicates(described, reports, shards, training)
             self.__same[split] = described
         return self.__same[split]

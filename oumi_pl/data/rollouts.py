@@ -180,6 +180,7 @@ class RolloutData(ChatData):
         self.__prompts: dict[str, list[Prompt]] = {}
         self.__reports: dict[str, list[dict[str, Any]]] = {}
         self.__keys: dict[str, list[RowKeys]] = {}
+        self.__same: dict[str, dict[str, Any]] = {}
 
     def __reward_model(self, path: str, key: str = "data.reward") -> RewardModel:
         return RewardModel(path, self, key)
@@ -325,16 +326,22 @@ class RolloutData(ChatData):
 
     def __report_of(self, split: str) -> dict[str, Any]:
         report = reports.merged(self.__reports[split]) | reports.of_lengths(self.prompt_lengths(split))
-        training = self.__keys.get("train") if split != "train" else None
-        described = reports.describe_repeated(self.__keys[split], self.__reports[split], training)
-        if self.near_duplicates:
-            described = self.with_near_duplicates(split, described, self.__reports[split], training is not None)
-        report |= described
+        report |= self.__repeated(split)
         if split == "train":
             plan = self.plan(0)
             report |= {"rows_planned": plan.rows, "updates_per_epoch": len(plan) * self.iterations}
             report |= self.report_of_draws(plan.example_ids)
         return report
+
+    def __repeated(self, split: str) -> dict[str, Any]:
+        """The part of a report about prompts that repeat others, counted once."""
+        if split not in self.__same:
+            training = self.__keys.get("train") if split != "train" else None
+            described = reports.describe_repeated(self.__keys[split], self.__reports[split], training)
+            if self.near_duplicates:
+                described = self.with_near_duplicates(split, described, self.__reports[split], training is not None)
+            self.__same[split] = described
+        return self.__same[split]
 
     def row_texts(self, split: str) -> "list[RowTexts]":
         """See `ExampleData`: the texts of the prompts, with answers if their rows have any."""

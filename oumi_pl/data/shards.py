@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from oumi_pl.data.documents import Document, TokenizeDocuments, in_chunks
-from oumi_pl.data.duplicates import KeyFiles, Lines
+from oumi_pl.data.duplicates import KeyFiles, Lines, line_of, read_lines
 from oumi_pl.data.records import RowCounts
 from oumi_pl.errors import UserError
 from oumi_pl.runs import checksums, files
@@ -125,7 +125,7 @@ class Shards:
     def held_out(self) -> list[str]:
         """File and line of each document, if they were held out of a source; else empty."""
         file = self.directory / HELD_OUT
-        return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n") if file.is_file() else []
+        return read_lines(file) if file.is_file() else []
 
     @property
     def has_keys(self) -> bool:
@@ -296,7 +296,7 @@ def write_shards(
     manifest |= {"keys_crc32": keys}
     manifest["crc32"] = checksums.of_json(manifest)
     if counts.held_out:
-        files.write(directory / HELD_OUT, "\n".join(counts.held_out).encode(errors="surrogateescape"))
+        files.write(directory / HELD_OUT, b"".join(map(line_of, counts.held_out)))
     files.write(directory / MANIFEST, json.dumps(manifest))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from oumi_pl.attention.segments import check_segments
 from oumi_pl.data.code import code_of
-from oumi_pl.data.duplicates import Repeats, RowKeys
+from oumi_pl.data.duplicates import Repeats, RowKeys, line_of, read_lines
 from oumi_pl.data.formats import FORMATS, Formats, format_name, resolve_format
 from oumi_pl.data.processes import mapped
 from oumi_pl.data.records import BadRows, OnBadRows, RecordWithFields, record_reader
@@ -160,9 +160,7 @@ class ExampleStore:
     @cached_property
     def origins(self) -> list[str]:
         """File and line of each example's row."""
-        origins = (
-            (self.directory / ORIGINS).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[: len(self)]
-        )
+        origins = read_lines(self.directory / ORIGINS)
         return [self._origin(origin) for origin in origins] if self._renamed else origins
 
     @cached_property
@@ -294,9 +292,7 @@ def _write_keys(directory: Path, keys: RowKeys | None, count: int) -> dict[str, 
     """Writes the origins of the rows to a folder, and returns tables of their keys; without keys, all rows differ."""
     numbers = np.arange(count, dtype=np.uint64)
     origins = [f"row {i + 1}" for i in numbers.tolist()] if keys is None else keys.origins
-    lines = (origin.replace("\n", " ") + "\n" for origin in origins)
-    # a file's name may have bytes that aren't UTF-8, which Python reads as halves of surrogate pairs
-    (directory / ORIGINS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    (directory / ORIGINS).write_bytes(b"".join(map(line_of, origins)))
     if keys is not None and keys.columns:
         (directory / COLUMNS).write_text(json.dumps(keys.columns), encoding="utf-8")
     if keys is None:

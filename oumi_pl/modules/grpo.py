@@ -28,7 +28,7 @@ from oumi_pl.types import Batch, Sums
 
 SQUARES = "squares/"
 """Prefix of the names of sums of squares, from which standard deviations are computed."""
-OF_SOURCE = "source "
+OF_SOURCE = "sources/"
 """Prefix of the names of sums over the completions of one source, if there are several."""
 SAMPLED = 1e-3
 """Nats per token by which sampled and recomputed log-probabilities may differ before a warning."""
@@ -238,7 +238,7 @@ class GRPO(LanguageModule):
         """Means over completions; those of entropy, KL, clipping, importance and `sampling_difference` over tokens.
 
         `NAME_std` is a standard deviation over completions. The loss of evaluation is minus the reward. Of several
-        sources, each has its reward, `reward/SOURCE`, unless no prompt was its own.
+        sources, each has its reward, `reward/SOURCE`, if the update had one of its prompts.
         """
         per_token = {"entropy", "kl", "clipped/low", "clipped/high", "sampling_difference"}
         per_token |= {"importance/mean", "importance/truncated"}
@@ -252,10 +252,10 @@ class GRPO(LanguageModule):
         metrics["loss"] = sums["loss"] / (sums[self.unit].clamp(min=1) if split == "train" else rows)
         for name in filter(None, map(_squared, sums)):
             metrics[f"{name}_std"] = (sums[SQUARES + name] / rows - metrics[name].square()).clamp(min=0).sqrt()
-        if f"{OF_SOURCE}0: reward" in sums:
+        if f"{OF_SOURCE}0/reward" in sums:
             for i, name in enumerate(self.data.source_names(split)):  # type: ignore[union-attr]
-                if (completions := sums[f"{OF_SOURCE}{i}: completions"]) > 0:
-                    metrics[f"reward/{name}"] = sums[f"{OF_SOURCE}{i}: reward"] / completions
+                if (completions := sums[f"{OF_SOURCE}{i}/completions"]) > 0:
+                    metrics[f"reward/{name}"] = sums[f"{OF_SOURCE}{i}/reward"] / completions
         return metrics
 
     def ref_logps(self, batch: Batch) -> Tensor:
@@ -284,10 +284,10 @@ class GRPO(LanguageModule):
             same = (groups == groups[:, :1]).all(1)
             sums["groups_without_variance"] = same.double().sum() * completions
         if "sources" in rollouts:
-            for i in range(len(self.data.source_names(split))):  # type: ignore[union-attr]
-                is_own = rollouts["sources"] == i
-                sums[f"{OF_SOURCE}{i}: reward"] = rewards[is_own].sum()
-                sums[f"{OF_SOURCE}{i}: completions"] = is_own.double().sum()
+            none = rewards.new_zeros(len(self.data.source_names(split)))  # type: ignore[union-attr]
+            for name, value in (("reward", rewards), ("completions", torch.ones_like(rewards))):
+                of_sources = none.index_add(0, rollouts["sources"], value)  # a mask would wait for the GPU
+                sums |= {f"{OF_SOURCE}{i}/{name}": of_source for i, of_source in enumerate(of_sources)}
         return sums
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ class Reward(LanguageModule):
         for i in range(len(self.__source_names(split))):
             is_of = fields["source"][pair_rows] == i if pair_rows else none.bool()
             sums[OF_SOURCE.format(i) + "pairs"] = is_of.double().sum()
-            sums[OF_SOURCE.format(i) + "right"] = (chosen > rejected)[is_of].double().sum()
+            sums[OF_SOURCE.format(i) + "right"] = ((chosen > rejected) & is_of).double().sum()
         return sums
 
     def __source_names(self, split: Split) -> list[str]:

@@ -128,8 +128,8 @@ def _repeated(report: dict[str, Any]) -> dict[str, str]:
     if near := report.get("near_duplicates"):
         lines["near an earlier row"] = _with_pairs(_share(near["rows"], report["kept"]), near["first"], "~")
     if shared := report.get("text_in_training"):
-        counted = f"{_share(shared['rows'], report['kept'])}, {shared['half']:,} of them with half of their text"
-        lines["with 13 words in a row that are in training too"] = _with_pairs(counted, shared["first"], "~")
+        counted = f"{_share(shared['rows'], report['kept'])}, {shared['half']:,} of them with half of their runs"
+        lines["share a run of 13 words (or all, if shorter) with training"] = _with_pairs(counted, shared["first"], "~")
     return lines
 
 

@@ -39,7 +39,7 @@ ROWS = {
     "duplicates": ("repeat an earlier row", "pairs"),
     "prompts_in_training": ("with a prompt that is in training too", "pairs"),
     "near_duplicates": ("near an earlier row (half of their runs of 13 words)", "near pairs"),
-    "text_in_training": ("with 13 words in a row that are in training too", "near pairs"),
+    "text_in_training": ("share a run of 13 words (or all, if shorter) with training", "near pairs"),
     "unread_columns": ("columns that aren't read", "names"),
     "cut": ("cut to length", "n"),
     "empty_answers": ("empty answers", "n"),

@@ -228,6 +228,7 @@ def test_classes_that_yaml_reads_as_something_else_are_found_as_the_rows_write_t
     assert shares_of("{passed: {'true': 0.2, 'no': 0.8}}", [True, "no"]) == [0.2, 0.8]
     assert shares_of("{level: {1: 0.2, 2: 0.8}}", ["1", 2]) == [0.2, 0.8]
     assert shares_of("{day: {2024-01-31: 0.2, x: 0.8}}", ["2024-01-31", "x"]) == [0.2, 0.8]
+    assert shares_of("{at: {2024-01-31T08:30:00: 0.2, x: 0.8}}", ["2024-01-31T08:30:00", "x"]) == [0.2, 0.8]
     assert Draws({"lang": {False: 1, "sv": 1.0}}, None).identity == ['sample_by: {"lang": {"false": 1, "sv": 1.0}}']
 
 
@@ -237,6 +238,8 @@ def test_classes_that_yaml_reads_as_something_else_are_found_as_the_rows_write_t
         ("{lang: {no: 1}}", ["no", "off"], r"YAML reads no and off as false, .* in quotes, as 'no'"),
         ("{lang: {sv: 1}}", ["no", "sv"], r"1 rows have lang 'no', which has no share.* add it in quotes"),
         ("{lang: {no: 1}}", ["sv"], r"1 rows have lang 'sv', which has no share"),
+        ("{lang: {no: 0.3, 'false': 0.2}}", ["no", "false"], r"lang has 2 shares for the class 'false'.* no, off"),
+        ("{level: {1: 0.3, '1': 0.2}}", [1, "1"], r"level has 2 shares for the class '1'$"),
         ("{on: balanced}", ["a"], r"YAML reads the column's name as true; put it in quotes"),
     ],
 )

@@ -176,10 +176,10 @@ def test_rows_of_a_separate_validation_file_are_not_dropped(tmp_path):
 
 
 def test_files_whose_names_are_not_utf_8_are_named(tmp_path):
-    """Their bytes are kept, as in all that Python says about such files."""
+    """Their bytes are kept, as in all that Python says about such files, and a carriage return ends no line."""
     folder = tmp_path / "rows"
     folder.mkdir()
-    name = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")
+    name = os.fsdecode(os.fsencode(folder) + b"/caf\xe9\r.jsonl")
     rows = [row(i % 9) | {"text": f"Document {i % 9}."} for i in range(30)]
     try:
         write(Path(name), rows)

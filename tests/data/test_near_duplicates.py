@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ from oumi_pl.data import near_duplicates
 from oumi_pl.data.distill import DistillData
 from oumi_pl.data.dpo import DPOData
 from oumi_pl.data.duplicates import REPEATED, RowKeys
-from oumi_pl.data.near_duplicates import RowTexts, grams_of, with_near_duplicates
+from oumi_pl.data.kto import KTOData
+from oumi_pl.data.near_duplicates import RowTexts, grams_of, name_of, with_near_duplicates
 from oumi_pl.data.rollouts import RolloutData
 from oumi_pl.data.sft import SFTData
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
 from oumi_pl.preview.report import _repeated
+from oumi_pl.runs import checksums
 from oumi_pl.types import Conversation, Feedback, Preference, Text
 from tests.data.test_pretrain import pretrain_data
 from tests.data.test_splitting import turns, write
@@ -98,17 +102,21 @@ def near_by_a_loop(texts):
 
 
 def in_training_by_a_loop(texts, training):
-    """Numbers of the held-out rows, those of them that are half in training, and the training rows of each."""
+    """Numbers of the held-out rows, those of them that are half in training, and the training rows of each.
+
+    A run that more than 10 training rows have doesn't count, unless a row has no others.
+    """
     of_training = [(number, grams(text)) for number, text in enumerate(training) if text not in training[:number]]
     rows, half, others = [], [], {}
     for number, text in enumerate(texts):
         own = grams(text)
         owners = {gram: [other for other, theirs in of_training if gram in theirs] for gram in own}
+        own = {gram for gram in own if len(owners[gram]) <= 10} or own
         known = [gram for gram in own if owners[gram]]
+        if not known:
+            continue
         if 2 * len(known) >= len(own):
             half.append(number)
-        elif not any(0 < len(owners[gram]) <= 10 for gram in own):
-            continue
         rows.append(number)
         others[number] = {other for gram in known for other in owners[gram]}
     return rows, half, others
@@ -118,7 +126,7 @@ def row_texts(title, texts):
     keys = RowKeys()
     for number, text in enumerate(texts):
         keys.add(f"{title}:{number}", Text(text))
-    return RowTexts(title, keys, lambda: enumerate(texts), title)
+    return RowTexts(name_of(keys, title), keys, lambda: enumerate(texts), title)
 
 
 def agrees_with_the_loops(monkeypatch):
@@ -173,6 +181,70 @@ def test_words_are_compared_without_case_and_punctuation_in_any_script():
     assert np.isin(grams_of(chinese), grams_of("今天" + chinese + "。ok")).all()
 
 
+HINDI = "लड़की ने किताब पढ़ी और फिर अपने घर की ओर चली गई क्योंकि शाम हो चुकी थी"
+TAMIL = "நான் இன்று காலையில் பள்ளிக்குச் சென்றேன்"
+SINHALA = "මෙම ක්\u200dරමය ඉතා හොඳයි"
+THAI = "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน"
+
+
+@pytest.mark.parametrize(("text", "words"), [(HINDI, 17), (TAMIL, 5), (SINHALA, 4), ("Où était l'été ?", 4)])
+def test_marks_and_joiners_are_part_of_a_word(text, words):
+    assert len(text.replace("'", " ").replace(" ?", "").split()) == words
+    for form in ("NFC", "NFD", "NFKC"):
+        written = unicodedata.normalize(form, text)
+        together = grams_of(f"{written} {' '.join(VOCABULARY[:13])}")
+        assert len(together) == words + 1
+        assert together.tolist() == grams_of(f"{text} {' '.join(VOCABULARY[:13])}").tolist()
+
+
+def test_a_character_with_its_marks_is_a_word_of_a_script_without_spaces():
+    letters = sum(not unicodedata.category(character).startswith("M") for character in THAI)
+    assert len(grams_of(THAI)) == letters - 12 > 10
+    assert np.isin(grams_of(THAI), grams_of("ok " + THAI[:20] + THAI[20:] + "ครับ")).all()
+    assert len(grams_of("カタカナー" * 3)) == 3
+    assert grams_of("ｶﾀｶﾅ \uff12").tolist() == grams_of("カタカナ 2").tolist()
+
+
+def text_in_training(held_out, training):
+    return with_near_duplicates({}, [], [row_texts("h", held_out)], [row_texts("t", training)])["text_in_training"]
+
+
+def test_a_long_template_around_a_short_question_is_not_text_of_training():
+    template = long_text(0, 60)
+    training = [f"{template} {' '.join(words)}" for words in np.array(VOCABULARY[:90]).reshape(15, 6)]
+    asked = f"{template} Who wrote the {{}}, and when?"
+    others = [asked.format("Iliad"), asked.format("Edda")]
+    assert text_in_training(others, training) == {"rows": 0, "half": 0, "first": []}
+    # the question itself is in training, and is what names the row there
+    shared = text_in_training(others, [*training, others[1]])
+    first = [["h:0", "t:15"], ["h:1", "t:15"]]
+    assert shared == {"rows": 2, "half": 2, "first": first}, "both begin like the question, and with its first half"
+
+
+def test_a_row_with_nothing_but_common_phrases_is_in_training():
+    common = long_text(0, 20)
+    training = [f"{common} {word}" for word in VOCABULARY[:12]]
+    assert text_in_training([common, long_text(1, 20)], training) == {"rows": 1, "half": 1, "first": [["h:0", "t:0"]]}
+
+
+@pytest.mark.parametrize("fault", [None, "hash order"])
+def test_rows_that_share_a_template_are_compared_with_few_others(monkeypatch, fault):
+    """Each row has two parts that it shares with one other row each, so that these are no unique text either."""
+    rng, hits = np.random.default_rng(0), []
+    template, *parts = rng.integers(0, 2**63, (302, 35), np.uint64)
+    rows = [(i, np.unique(np.concatenate([template[:30], parts[i], parts[i + 1]]))) for i in range(300)]
+
+    def counted(others):
+        hits.extend(others := list(others))
+        return Counter(others)
+
+    monkeypatch.setattr(near_duplicates, "Counter", counted)
+    if fault:
+        monkeypatch.setattr(np, "lexsort", lambda keys: np.arange(len(keys[0])))
+    assert near_duplicates.near_duplicates(rows) == []
+    assert (len(hits) > 100_000) == bool(fault), f"the template is looked up: {len(hits)}"
+
+
 def long_text(seed, words=100):
     return " ".join(random.Random(seed).choices(VOCABULARY, k=words))
 
@@ -203,7 +275,7 @@ def test_the_report_names_near_rows_of_training_and_of_every_held_out_source(tmp
     }
     assert [source["text_in_training"] for source in report["validation"]["sources"]] == [1, 1]
     assert "1 near an earlier row" in summary(report["train"])
-    assert "2 with 13 words in a row that are in training too (2 with half of their text)" in summary(
+    assert "2 share a run of 13 words (or all, if shorter) with training (2 with half of their runs)" in summary(
         report["validation"]
     )
     assert f"{train}:7 ~ {train}:2" in _repeated(report["train"])["near an earlier row"]
@@ -253,6 +325,51 @@ def test_pairs_prompts_and_distilled_answers_are_compared_too(tmp_path):
     answers = [{"prompt": "Why?", "completion": text} for text in (good, bad, good + " Indeed.")]
     report = opened(DistillData(write(tmp_path / "answers.jsonl", answers), **OPTIONS))
     assert report["train"]["near_duplicates"]["rows"] == 1
+
+
+def test_all_records_of_a_row_are_its_text(tmp_path):
+    """Rows with the same prompt and chosen response: the first record of both is the same one."""
+    chosen, first, second = "Because.", long_text(1), long_text(2)
+    pairs = [{"prompt": "Why?", "chosen": chosen, "rejected": text} for text in (first, second, first, f"{first} Yes.")]
+    file = write(tmp_path / "pairs.jsonl", pairs)
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": "What?", "chosen": "Yes.", "rejected": second}])
+    report = opened(KTOData(file, held_out, **OPTIONS))
+    assert report["train"]["near_duplicates"] == {"rows": 1, "first": [[f"{file}:4", f"{file}:1"]]}
+    assert report["validation"]["text_in_training"]["first"] == [[f"{held_out}:1", f"{file}:2"]]
+
+
+def test_prepared_documents_without_keys_are_refused(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"text": long_text(i)} for i in range(3)])
+    data = pretrain_data(train)
+    opened(data)
+    (shards,) = data.shards("train")
+    manifest = json.loads((shards.directory / "manifest.json").read_text())
+    del manifest["keys_crc32"], manifest["crc32"]
+    (shards.directory / "manifest.json").write_text(json.dumps(manifest | {"crc32": checksums.of_json(manifest)}))
+    with pytest.raises(UserError, match=r"data\.near_duplicates: .* prepared by an earlier version.* prepare it again"):
+        opened(pretrain_data(str(shards.directory), near_duplicates=True))
+    assert "near_duplicates" not in opened(pretrain_data(str(shards.directory)))["train"]
+
+
+def test_each_split_of_prompts_is_counted_once(tmp_path, monkeypatch):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long_text(i)} for i in range(3)])
+    data = RolloutData(prompts, prompts, **OPTIONS, reward=len)
+    counted, count = [], near_duplicates._counted
+    monkeypatch.setattr(near_duplicates, "_counted", lambda *args: counted.append(args) or count(*args))
+    assert opened(data) == data.report()
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("kind", [SFTData, pretrain_data, RolloutData])
+def test_texts_of_rows_can_be_read_again(tmp_path, monkeypatch, kind):
+    row = {"text": "A document."} if kind is pretrain_data else {"messages": turns("Why?", "Because.")}
+    options = {"near_duplicates": True} if kind is pretrain_data else OPTIONS
+    read, count = [], near_duplicates._counted
+    monkeypatch.setattr(near_duplicates, "_counted", lambda *args: read.append(args[0]) or count(*args))
+    reward = {"reward": len} if kind is RolloutData else {}
+    opened(kind(write(tmp_path / "rows.jsonl", [row]), **options, **reward))
+    assert list(read[0][0].texts()) == list(read[0][0].texts())
+    assert len(list(read[0][0].texts())) == 1
 
 
 def test_documents_are_compared_cached_or_prepared(tmp_path):

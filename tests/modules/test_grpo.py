@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -323,6 +324,16 @@ def check_rewards_of_sources(path, micro_batches, **sizes):
     of_validation = [("validation", group) for groups in samples.sampled[4:] for group in groups]
     assert_rewards_are_those_of_sources(validation, (samples, of_validation), "val/reward")
     return samples, logged
+
+
+def test_sums_of_rewards_wait_for_no_device():
+    """Tensors without values, which can't be waited for: an index by a mask is refused."""
+    rollouts = {name: torch.empty(6, device="meta") for name in ("rewards", "lengths", "finished")}
+    rollouts |= {"completions": 2, "sources": torch.empty(6, dtype=torch.int64, device="meta")}
+    data = SimpleNamespace(rewards=SimpleNamespace(names=["vowels"]), source_names=lambda split: ["a", "b"])
+    sums = GRPO._GRPO__reward_sums(SimpleNamespace(data=data), rollouts, "train")
+    assert all(value.is_meta and value.shape == () for value in sums.values())
+    assert len([name for name in sums if name.startswith("sources/")]) == 4
 
 
 @pytest.mark.parametrize(("micro_batches", "sizes"), [(1, (2, 5)), (2, (1, 2))])
