@@ -83,6 +83,7 @@ def text_of(
     if " " in config and peers.is_command(config):
         text, path, name = config, Path(), "command line"
     else:
+        peers.refuse_other_command(config)
         path = config_path(config)
         text, name = _read(path), path.name
     tree = _tree(text)

@@ -37,6 +37,16 @@ def is_command(text: str) -> bool:
     return any(COMMAND.search(line) for line in lines) and any("--" in line for line in lines)
 
 
+def refuse_other_command(text: str) -> None:
+    """Refuses a command line of TRL's that is not read here.
+
+    Raises:
+        UserError: it is one.
+    """
+    if match := re.match(r"\s*trl\s+([\w-]+)\s+--", text):
+        raise UserError(f"trl {match[1]} is not converted; {', '.join(trl.TRAINERS)} are")
+
+
 def overridden(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """The config with the options of a command line: `--key value`, `--key=value` or `key=value`; `-` counts as `_`.
 

@@ -64,8 +64,9 @@ class ExampleData(TextData):
             refuses): `error` stops the run and lists all kinds of them, `drop` leaves them out and counts them.
         duplicates: What happens to training rows that repeat an earlier one word for word: `keep` uses them, `drop`
             leaves them out. The data report counts them in both cases.
-        near_duplicates: Also count rows that are nearly the same: those of a split that share at least half of their
-            runs of 13 words with an earlier row, and held-out rows that share one with training. They are counted and
+        near_duplicates: Also count rows that are nearly the same: those of a split for which an earlier row has at
+            least half of the runs of 13 words that either of both has (a word that is changed changes 13 runs, so rows
+            of about 50 words or more), and held-out rows that share one with training. They are counted and
             never left out, not even with `duplicates: drop`: two questions about one long text are near, too. Takes
             seconds per 10,000 rows, once.
         weight_by: What the weights of sources are shares of: `rows`, `tokens`, or `targets` (tokens that carry loss, by

@@ -47,12 +47,14 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The name, and for several runs their seeds."""
+        """The name, and for several runs their seeds, if these differ."""
         seeds = [
             next((value for key in reversed(SEEDS) if (value := flat(run.config).get(key)) is not None), "-")
             for run in self.runs
         ]
-        return self.name if len(seeds) == 1 else f"{self.name} ({len(seeds)} runs, seeds {', '.join(map(str, seeds))})"
+        if len(set(seeds)) == 1:
+            return self.name if len(seeds) == 1 else f"{self.name} ({len(seeds)} runs, the same seed)"
+        return f"{self.name} ({len(seeds)} runs, seeds {', '.join(map(str, seeds))})"
 
 
 def groups(records: Sequence[Record], names: Sequence[str]) -> list[Group]:

@@ -122,6 +122,8 @@ def test_resuming_is_reported(file):
 def test_mistakes(file):
     with pytest.raises(UserError, match="no file"):
         main([str(file.with_name("none.yaml"))])
+    with pytest.raises(UserError, match=r"^trl grpo is not converted; sft, dpo, kto, reward are$"):
+        main(["trl grpo --model_name_or_path x/y --beta 0.1"])
     with pytest.raises(UserError, match="is an address; download"):
         main(["oumi://configs/x.yaml"])
     with pytest.raises(UserError, match=r"convert: argument --engine"):

@@ -133,6 +133,12 @@ def test_compare_shows_results_and_differing_settings(here, capsys):
     assert "of different kinds" not in out
 
 
+def test_repeated_runs_are_not_seeds(here, capsys):
+    for name in ("base-1", "base-2"):
+        run_folder(here, name, seed=3)
+    assert "base (2 runs, the same seed)" in works(capsys, "compare", "base-1", "base-2")
+
+
 def test_differences_in_data_are_named_by_source_and_count(here, capsys):
     """Also if the configs are equal, since a file may have changed; such runs are no repetitions of each other."""
     for name, kept in (("base-1", 10), ("base-2", 12)):
