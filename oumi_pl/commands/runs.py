@@ -94,7 +94,7 @@ def _compare(args: list[str]) -> int:
     echo(_table(["", *names], [[name, *cells] for name, cells in beside.outcomes(records).items()]))
     grouped = beside.groups(records, names)
     if len(grouped) < len(records):
-        print("\nmean ± standard deviation of runs whose settings differ in nothing but the seed:")
+        print("\nmean ± standard deviation of runs that differ only in their seed:")
         echo(_table(["", *(group.label for group in grouped)], [[n, *c] for n, c in beside.spreads(grouped).items()]))
     differing = beside.differences(records)
     echo(f"\ndifferent settings ({' | '.join(names)}):" if differing else "\nno settings differ")
