@@ -1,6 +1,8 @@
 """What appears on a terminal: what it supports, safe text, progress, and which messages of libraries stay."""
 
 import os
+import re
+import signal
 import sys
 import textwrap
 import threading
@@ -339,6 +341,21 @@ def _with_visible_text(record: Any) -> bool:
     return True
 
 
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+"""Lightning's logger that names a process of the run which has ended, before the others are killed."""
+
+
+def _with_cause(record: Any) -> bool:
+    """A filter of that logger, whose message names no cause and nothing to do."""
+    if match := re.search(r"\[rank: (\d+)\].* terminated with code (-?\d+)", record.getMessage()):
+        rank, code = int(match[1]), int(match[2])
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        cause = " (often because memory ran out)" if code == -9 else ""
+        record.msg = f"error: process {rank} of the run {how}{cause}; the others are stopped; go on with --resume"
+        record.args = ()
+    return True
+
+
 def quiet() -> None:
     """Silences the loggers and warnings of dependencies, and formats the warnings that remain."""
     import logging
@@ -347,6 +364,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # prints the table of `trainer.profiler`
     logging.getLogger("lightning.pytorch.profilers.profiler").setLevel(logging.INFO)
+    logging.getLogger(LAUNCHER).setLevel(logging.INFO)
+    logging.getLogger(LAUNCHER).addFilter(_with_cause)
     # warns at each product of int8 that it rounds its input to float16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as hf_logging

@@ -1,10 +1,12 @@
 """Streams: which of them obey escape codes and show colours, and what none of them is given."""
 
 import io
+import logging
 import sys
 import unicodedata
 
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from oumi_pl.commands import generate, preview, recipes
 from oumi_pl.preview import pieces
@@ -97,3 +99,34 @@ def test_progress_in_a_file_has_the_rows_done_their_total_and_the_time_left(monk
     assert "tokenizing rows.jsonl: 2 of 4 rows, about 0 s left" in capsys.readouterr().err
     list(screen.track(iter("abc"), "tokenizing rows.jsonl"))
     assert "tokenizing rows.jsonl: 2 rows\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        (-9, "was killed by SIGKILL (often because memory ran out)"),
+        (-15, "was killed by SIGTERM"),
+        (3, "ended with exit code 3"),
+    ],
+)
+def test_a_process_of_a_run_that_died_is_named_with_its_cause(code, cause, monkeypatch):
+    """Lightning says so in a message that is silenced with its others, and kills the rest of the run."""
+
+    class Process:
+        pid, returncode = 7, code
+
+        def poll(self):
+            return code
+
+    observer = _ChildProcessObserver(main_pid=1, child_processes=[Process()])
+    monkeypatch.setattr(observer, "_terminate_all", lambda: None)
+    handler = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger(screen.LAUNCHER)
+    logger.addHandler(handler)
+    try:
+        screen.quiet()
+        observer._run()
+    finally:
+        logger.removeHandler(handler)
+    expected = f"error: process 1 of the run {cause}; the others are stopped; go on with --resume\n"
+    assert handler.stream.getvalue() == expected
