@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
         pytest.param("rename", "runs/r", marks=pytest.mark.slow),  # the folder is complete, but has no name yet
         ("replace", "checkpoints/step-00000004.ckpt"),
         pytest.param("replace", "checkpoints/best.ckpt", marks=pytest.mark.slow),
-        ("replace", "runs/r/model"),  # exported, but not in its place
+        ("rename", "runs/r/model"),  # exported, but not in its place
         pytest.param("unlink", "checkpoints/step-00000002.ckpt", marks=pytest.mark.slow),  # one of the older ones
         ("unlink", "checkpoints/step-00000004.ckpt"),  # the last that is removed
         pytest.param("unlink", "runs/r/lock.json", marks=pytest.mark.slow),  # the very end
@@ -159,7 +159,7 @@ def test_a_full_disk_in_the_export_costs_only_the_export(tmp_path, whole):
 def test_a_moved_run_is_resumed_from_elsewhere_with_its_own_best_weights(tmp_path, whole):
     start, expected = whole
     folder = copy(start, tmp_path / "moved")
-    Child(folder, *RESUME, faults=Faults(folder, kill_on=("replace", "runs/r/model"))).wait()
+    Child(folder, *RESUME, faults=Faults(folder, kill_on=("rename", "runs/r/model"))).wait()
     original = folder / "runs" / "r"
     copied = copy(original, folder / "elsewhere" / "other")
     for checkpoint in (original / "checkpoints").iterdir():
