@@ -1,6 +1,7 @@
 """Completes prompts, greedily by default."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,6 @@ from oumi_pl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PLAIN: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-"""Overrides settings in the generation configs of published models that would change greedy decoding."""
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """The decoder's output for an incomplete UTF-8 character."""
@@ -63,7 +61,7 @@ def complete(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = ends_of(model, tokenizer, stop)
-    with evaluating(model):
+    with evaluating(model), without_own_settings(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -71,10 +69,27 @@ def complete(
             eos_token_id=ends or None,
             pad_token_id=pad,
             streamer=None if on_text is None else TextStreamer(tokenizer, on_text),
-            **PLAIN,
             **sampling,
         )
     return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
+
+
+@contextmanager
+def without_own_settings(model: Any) -> Iterator[None]:
+    """Lets `generate` follow its arguments alone.
+
+    The generation configs of published models have penalties, suppressed tokens and more, which would change greedy
+    decoding and the log-probabilities of samples.
+    """
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig(use_cache=own.use_cache is not False)
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def ends_of(model: Any, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[int] = ()) -> list[int]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
-from oumi_pl.models.generation import PLAIN
 from oumi_pl.rollouts.sampling import Completion, Engine, Sampling, draw, replaced, truncated, uniforms
 
 POLL = 1.0
@@ -91,7 +90,7 @@ class ContinuousBatching(Engine):
         from transformers import GenerationConfig
 
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max(most), eos_token_id=ending or -1, pad_token_id=0, **PLAIN
+            do_sample=False, max_new_tokens=max(most), eos_token_id=ending or -1, pad_token_id=0
         )
         try:
             manager = model.init_continuous_batching(settings, self._config(prompts, most))

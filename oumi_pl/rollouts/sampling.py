@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from oumi_pl.attention.probe import evaluating
 from oumi_pl.errors import UserError
-from oumi_pl.models.generation import PLAIN
+from oumi_pl.models.generation import without_own_settings
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def sample(
     criteria: list[Any] = [stopping] if stopping else []
     if limits is not None:
         criteria.append(_Limits(longest + torch.tensor(limits, device=device)))
-    with evaluating(model):
+    with evaluating(model), without_own_settings(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -362,7 +362,6 @@ def sample(
             top_p=None,
             top_k=None,
             cache_implementation="static" if bucket else None,
-            **PLAIN,
         )
     for module in model.modules() if bucket else ():
         # by which transformers would make the next cache longer than this call needs, but not after a resume

@@ -1,5 +1,7 @@
 """Completions do not depend on the other prompts of a batch, and stop where they should."""
 
+import math
+
 import pytest
 import torch
 
@@ -104,7 +106,11 @@ def test_greedy_ignores_the_sampling_settings_of_the_model(tokenizer):
     hf = build(tokenizer)
     plain = complete(hf, tokenizer, prompts(tokenizer), max_new_tokens=12)
     hf.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, top_k=3)
+    hf.generation_config.update(suppress_tokens=list(range(100)), num_return_sequences=2, min_new_tokens=12)
+    hf.generation_config.output_hidden_states = math.inf
+    own = hf.generation_config
     assert complete(hf, tokenizer, prompts(tokenizer), max_new_tokens=12) == plain
+    assert hf.generation_config is own
 
 
 def test_sampling_draws_from_all_tokens(tokenizer):

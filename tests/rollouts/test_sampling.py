@@ -75,6 +75,16 @@ def test_log_probabilities_are_those_of_the_model(hf, tokenizer, temperature):
         assert not completion.is_finished
 
 
+def test_settings_of_the_models_own_change_no_probability(hf, tokenizer, monkeypatch):
+    arguments = {"numbers": numbers(1), "sampling": Sampling(max_new_tokens=8), "ends": []}
+    (plain,) = sample(hf, tokenizer, [[65, 66]], **arguments)
+    for name, value in {"suppress_tokens": list(range(200)), "min_new_tokens": 8, "repetition_penalty": 3.0}.items():
+        monkeypatch.setattr(hf.generation_config, name, value)
+    (again,) = sample(hf, tokenizer, [[65, 66]], **arguments)
+    assert np.array_equal(again.ids, plain.ids)
+    assert np.array_equal(again.logps, plain.logps)
+
+
 def test_a_completion_does_not_depend_on_the_others_of_its_batch(hf, tokenizer):
     prompts, sampling = [[65, 66, 67], [65], [70, 71, 72, 73, 74]], Sampling(max_new_tokens=8)
     drawn = numbers(3)
