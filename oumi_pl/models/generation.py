@@ -83,7 +83,8 @@ def without_own_settings(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    # PEFT's models look it up in their base; transformers' models with adapters are their own
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = base.generation_config
     base.generation_config = GenerationConfig(use_cache=own.use_cache is not False)
     try:
