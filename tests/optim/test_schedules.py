@@ -97,7 +97,7 @@ def test_invalid_settings_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "told"),
+    ("schedule", "message"),
     [
         (Linear(10), None),
         (Linear(100), "warmup takes 100 steps and the run has 100"),
@@ -106,10 +106,10 @@ def test_invalid_settings_are_refused():
         (WarmupStableDecay(200, decay=5), "warmup takes 200 steps"),
     ],
 )
-def test_what_does_not_fit_into_the_run_is_reported(schedule, told):
+def test_what_does_not_fit_into_the_run_is_reported(schedule, message):
     doubts = schedule.doubts(100)
-    assert bool(doubts) == (told is not None)
-    assert all(told in doubt for doubt in doubts)
+    assert bool(doubts) == (message is not None)
+    assert all(message in doubt for doubt in doubts)
 
 
 class Halved(Schedule):
