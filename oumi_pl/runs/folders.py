@@ -30,7 +30,8 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from oumi_pl.errors import UserError, nearest
 from oumi_pl.runs import checksums, files, lock
@@ -47,6 +48,53 @@ TIME = "trainer.max_time"
 PHASES = ("prepare", "reference", "train", "validate", "samples", "export", "report")
 """What a run consists of, in order. `phases` in `run.json` lists those that are complete, and a resumed run goes on
 with the first that is not. `status` becomes `finished` after the last."""
+
+
+class State(TypedDict, total=False):
+    """The content of `run.json`."""
+
+    recipe: str
+    status: str
+    """`running`, `stopped`, `failed` or `finished`; see `condition`."""
+    phases: list[str]
+    command: str
+    created: str
+    created_ns: int
+    updated: str
+    pid: int
+    process: dict[str, str | int | None]
+    """Host, process id and start time, from `oumi_pl.runs.lock.process`."""
+    oumi_pl: str
+    """Version of the package."""
+    environment: dict[str, Any]
+    model: dict[str, str | int | None]
+    template_date: str
+    """The date that the chat template writes."""
+    steps: int
+    """Updates that the run is to make; `step` of them are done."""
+    step: int
+    exported_step: int
+    begun: float
+    """When the process began, in seconds since 1970; `before` is what earlier ones took."""
+    before: float
+    times: dict[str, float]
+    """Seconds spent in each phase of `oumi_pl.callbacks.run_folder.Clock`."""
+    metrics: dict[str, float | None]
+    """The last ones; None for those that are not finite."""
+    resumed: list[int]
+    """The steps at which the run was resumed."""
+    resumed_by: str
+    parent: dict[str, Any]
+    """What the run started from: see `oumi_pl.runs.lineage.parent_of`."""
+    loggers: dict[str, str]
+    """Name of a logger -> the id of the run there."""
+    warnings: list[str]
+    ended_by: str | None
+    why: str | None
+    """What ended the run before its last update."""
+    reason: str | None
+    """The error that stopped or failed it."""
+
 
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
@@ -227,12 +275,32 @@ def write_state(run: Path, **values: Any) -> None:
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    """The content of `run.json`; empty if it is missing or unreadable."""
+    """The content of `run.json`; empty if it is missing or unreadable.
+
+    A value that is not of the type that `State` gives is left out, as if it had never been written.
+    """
     try:
         state = files.parse(files.read(run / RUN))
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    if not isinstance(state, dict):
+        return {}
+    hints = get_type_hints(State)
+    return {key: value for key, value in state.items() if key not in hints or _is_of_type(value, hints[key])}
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type: a class, a list or a mapping of them, or one of several."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(_is_of_type(value, argument) for argument in arguments)
+    if kind is list:
+        return isinstance(value, list) and all(_is_of_type(item, arguments[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_of_type(item, arguments[1]) for item in value.values())
+    if hint is Any:
+        return True
+    return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
 
 
 def phases(state: dict[str, Any]) -> list[str]:

@@ -50,6 +50,8 @@ def began(pid: object) -> str | None:
 
     A process id alone does not identify a process, since systems reuse ids.
     """
+    if not isinstance(pid, int):  # from a damaged file
+        return None
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from oumi_pl.report.record import Record
-from tests.crash.damage import CASES, as_link, as_pipe, damages, hostile, trial, world
+from oumi_pl.runs.folders import State
+from tests.crash.damage import CASES, VALUES, as_link, as_pipe, damages, hostile, trial, world
 from tests.crash.harness import Child, copy, works
 
 
@@ -26,6 +27,7 @@ def assert_no_deviation(base, place, case, content):
 FIXED = {
     "runs/r/run.json": (b"[" * 100_000, b"\xff{", b'{"step": 1e999, "recipe": "\\u001b[31m\\ud800"}', as_pipe, as_link),
     "runs/r/run.json#report": (json.dumps({"times": 3, "model": {"trainer": []}, "steps": {}}).encode(), as_pipe),
+    "runs/r/run.json#resume": tuple(json.dumps(dict.fromkeys(State.__annotations__, v)).encode() for v in VALUES),
     "runs/r/metrics.csv#report": (b"step,train/loss\n1,x\n\xb2,1\n9e9,1\n2,0.5\n", b"\0", as_link),
     "runs/r/data.json": (b'{"train": {"lengths": [[]], "kept": {}}}', as_pipe),
     "runs/r/config.yaml#compare": (b"a: &a [b]\n", b"a: &a [*a, *a]\n"),

@@ -116,6 +116,33 @@ def test_state(tmp_path):
         assert folders.read_state(tmp_path) == {}
 
 
+STATE = {"step": 3, "steps": None, "begun": 1, "times": {"training": 1.5, "saving": 1}, "resumed": [2, 4], "why": None}
+STATE |= {
+    "status": "running",
+    "process": {"host": "a", "pid": 7, "began": None},
+    "metrics": {"train/loss": None},
+    "more": {},
+}
+
+
+def test_values_of_another_type_are_left_out_of_the_state(tmp_path):
+    def read(state):
+        (tmp_path / folders.RUN).write_text(json.dumps(state))
+        return folders.read_state(tmp_path)
+
+    assert read(STATE) == {key: value for key, value in STATE.items() if key != "steps"}  # which is always a number
+    for wrong in ([[]], {"a": [1]}, True, ["", 1], {"": {"": []}}):
+        assert read(dict.fromkeys(folders.State.__annotations__, wrong)).keys() <= {"environment", "parent"}
+    for key, wrong in {
+        "times": {"training": "1"},
+        "resumed": [2, "4"],
+        "step": 3.5,
+        "begun": "1",
+        "status": None,
+    }.items():
+        assert read(STATE | {key: wrong}) == {k: v for k, v in STATE.items() if k not in (key, "steps")}
+
+
 def test_newest_unfinished_run_of_the_recipe(tmp_path):
     run(tmp_path, "r", created=1)
     run(tmp_path, "r-2", created=5, status="finished")
