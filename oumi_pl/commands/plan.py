@@ -182,6 +182,8 @@ class Printer:
             f"{result.tokens / each:,.0f} tokens per second"
             + (", without the copies to and from host memory, and the step there" if result.offloaded else ""),
         )
+        if result.left_out:
+            yield "left out", " and ".join(result.left_out) + ": what it saves can't be planned without a card"
 
     def fastest(self) -> int:
         """Searches the fastest layout that fits, and prints it; returns the exit code."""

@@ -26,6 +26,8 @@ class Parts(CLI):
     datamodule: Any
     is_pretrained: bool
     """Whether the recipe names a model, whose weights a run would load."""
+    left_out: tuple[str, ...]
+    """Keys of the recipe that are planned as if they were not set."""
 
     def with_initial_model(self, args: list[str]) -> list[str]:
         """Leaves `recipe:NAME` as it is: its config is enough."""
@@ -62,6 +64,8 @@ def parts_of(configs: Sequence[Path], overrides: Sequence[str], devices: int, *,
     args += ["--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--trainer.num_nodes", "1"]
     parts = Parts(["fit", *args], trees=trees)
     parts.is_pretrained = parts.model.model_name is not None
+    needing_card = {"model.compile": parts.model.compile_layers, "model.fp8": parts.model.fp8}
+    parts.left_out = tuple(key for key, is_set in needing_card.items() if is_set)
     _describe(parts.model, parts.datamodule, devices, with_tokenizer)
     return parts
 
@@ -80,7 +84,7 @@ def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> l
 def _describe(module: Any, data: Any, devices: int, with_tokenizer: bool) -> None:
     """Replaces the names of models and tokenizers in a module and its data by configs and numbers of tokens."""
     name, tokenizer_name = module.model_name, module.tokenizer_name
-    module.compile_layers = module.fp8 = False  # a card is needed for both
+    module.compile_layers = module.fp8 = False  # `Parts.left_out`
     module.attn = module.attn if module.attn in KERNELS else None
     if name is not None:
         config = initial_config(name, "model", devices, module.revision)

@@ -84,7 +84,7 @@ class Estimate:
     there all the time. offloaded: whether those are in host memory, and not in the peak. costs: of one update. tokens,
     targets: of an update over all ranks. batch_size, micro_batches: rows of a micro-batch, and micro-batches of an
     update of a rank. data_ranks: those that read rows of their own. sharded: whether ranks hold parts of the weights.
-    ways_to_hold_less: options of `fit` with which less would be held, each with what it does.
+    ways_to_hold_less: options of `fit` with which less would be held, each with what it does. left_out: see `Parts`.
     """
 
     peak: dict[Kind, int]
@@ -102,6 +102,7 @@ class Estimate:
     precision: str
     ways_to_hold_less: tuple[str, ...] = ()
     offloaded: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -240,7 +241,7 @@ class _Run:
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
         self.trainer, self.module, self.data = parts.trainer, parts.model, parts.datamodule
-        self.is_pretrained = parts.is_pretrained
+        self.is_pretrained, self.left_out = parts.is_pretrained, parts.left_out
         self.settings = settings
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.micro_batches = min(MICRO_BATCHES, self.trainer.accumulate_grad_batches)
@@ -481,6 +482,7 @@ class _Run:
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
             ways_to_hold_less=tuple(self._ways_to_hold_less()),
+            left_out=self.left_out,
         )
 
     def _ways_to_hold_less(self) -> Iterator[str]:

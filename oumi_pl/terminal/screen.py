@@ -366,8 +366,10 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.profilers.profiler").setLevel(logging.INFO)
     logging.getLogger(LAUNCHER).setLevel(logging.INFO)
     logging.getLogger(LAUNCHER).addFilter(_with_cause)
-    # warns at each product of int8 that it rounds its input to float16
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # bitsandbytes warns at each product of int8 that it rounds its input to float16; torchao, at its import, about
+    # kernels for cards that this machine lacks, and torch about how torchao registers its types
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as hf_logging
 
     for name in ("transformers", "lightning.pytorch", "lightning.fabric", "datasets", "huggingface_hub"):

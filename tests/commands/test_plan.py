@@ -38,6 +38,13 @@ def test_the_table(capsys):
     assert re.search(r"time +about .* per update on A100 80GB SXM at 50% of its peak: [\d,]+ tokens per second", text)
 
 
+def test_what_is_planned_as_if_it_were_not_set_is_named(capsys):
+    assert re.search(
+        r"left out +model\.compile and model\.fp8: ", output(capsys, "--model.compile", "true", "--model.fp8", "true")
+    )
+    assert "left out" not in output(capsys)
+
+
 def test_what_does_not_fit_gets_advice_that_does(capsys):
     text = output(capsys, "--memory", "1", code=1)
     assert "does not fit into 1.0 GB" in text
