@@ -128,6 +128,10 @@ class TokenMixture:
             if not self._restart(source):
                 raise StopIteration
 
+    def close(self) -> None:
+        """Stops reading: the processes that do it end. Iterated again, it goes on from its position."""
+        self._iterators = self._no_iterators()
+
     def _due(self) -> int:
         """The source that is furthest below its share; the first of equals."""
         if self.shares is None:
@@ -169,7 +173,10 @@ class TokenMixture:
         self._documents: list[int] = list(state["documents"])
         self._passes: list[int] = list(state["passes"])
         self._tokens: list[float] = list(state["tokens"])
-        self._iterators: list[Iterator[np.ndarray] | None] = [None] * len(self.sources)
+        self._iterators = self._no_iterators()
+
+    def _no_iterators(self) -> list[Iterator[np.ndarray] | None]:
+        return [None] * len(self.sources)
 
 
 _STREAM = 0x7368  # distinguishes these random numbers from others that are seeded with (seed, epoch)
@@ -205,15 +212,20 @@ class RowStream:
 
     def __iter__(self) -> Iterator[Row]:
         """Yields the rows from the current position to the end."""
-        for row in self._in_order():
-            if len(self._buffer) < self.shuffle_buffer:
-                self._buffer.append(row)
-            elif not self._buffer:
-                yield row
-            else:
-                drawn = self._draw()
-                out, self._buffer[drawn] = self._buffer[drawn], row
-                yield out
+        try:
+            for row in self._in_order():
+                if len(self._buffer) < self.shuffle_buffer:
+                    self._buffer.append(row)
+                elif not self._buffer:
+                    yield row
+                else:
+                    drawn = self._draw()
+                    out, self._buffer[drawn] = self._buffer[drawn], row
+                    yield out
+        finally:
+            # Now, and not when the garbage collector finds the stream: it ends the threads that send requests to worker
+            # processes first, so workers never hear that they are to end, and PyTorch waits five seconds for each.
+            self.mixture.close()
         while self._buffer:
             drawn = self._draw()
             self._buffer[drawn], self._buffer[-1] = self._buffer[-1], self._buffer[drawn]

@@ -1,6 +1,7 @@
 """The stream of rows does not depend on how documents are read, on ranks or workers, or on where a run resumed."""
 
 import itertools
+import multiprocessing
 from functools import partial
 
 import pytest
@@ -124,6 +125,17 @@ def test_a_stream_resumed_at_any_update_yields_the_remaining_batches(tmp_path, l
     resumed = mixture(tmp_path, **kwargs)
     resumed.load_state_dict(state)
     assert before + handed_out(first(resumed, 80 - 2 * after)) == whole
+
+
+def test_a_stream_that_is_left_ends_its_workers(tmp_path):
+    """At once: in the garbage collector, it would take five seconds for each."""
+    before = {*multiprocessing.active_children()}
+    loader = mixture(tmp_path, streaming=True, workers=1).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    assert len({*multiprocessing.active_children()} - before) == 2  # one for each source
+    del batches
+    assert not {*multiprocessing.active_children()} - before
 
 
 def test_a_stream_resumes_within_a_document_that_fills_many_rows(tmp_path):
