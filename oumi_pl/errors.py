@@ -147,7 +147,8 @@ def machine_failure(error: BaseException) -> str | None:
                     "is then written again), or set OUMI_PL_CACHE to a folder on another disk; then repeat the "
                     "command, with --resume if the run had begun"
                 )
-            return f"{seen.strerror}{place}; free some space and continue with --resume, or choose another --runs_dir"
+            remedy = "mount it writable" if seen.errno == errno.EROFS else "free some space"
+            return f"{seen.strerror}{place}; {remedy} and continue with --resume, or choose another --runs_dir"
         if ended := WORKER_ENDED.search(str(seen)):
             by_signal = WORKER_ENDED.search(str(seen.__cause__))  # PyTorch's first error names the signal
             return _why_worker_ended(ended[1] or (by_signal and by_signal[1]))

@@ -8,13 +8,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.run_folder import RunFolder, completed
+from oumi_pl.errors import machine_failure
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
 
 
 class Report(L.Callback):
-    """Draws the curves of a run and writes its report. An error in here is printed and does not fail the run."""
+    """Draws the curves of a run and writes its report.
+
+    An error in here is printed and does not fail the run, unless it is the machine's, such as a full disk: then the
+    run is not finished yet, and a resume writes its report.
+    """
 
     @rank_zero_only
     def on_train_end(self, trainer: Any, pl_module: RunModule) -> None:
@@ -41,6 +46,8 @@ class Report(L.Callback):
 
             page = make(folder.directory, condition)
         except Exception as error:
+            if condition == "finished" and machine_failure(error):
+                raise
             retry = f"the run itself is complete; to try again: oumi_pl runs report {folder.directory}"
             echo(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
             return False

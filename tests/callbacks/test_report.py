@@ -1,6 +1,8 @@
 """What a run leaves for those who look at it: report, recipe, environment and times; and what goes wrong on the way."""
 
+import errno
 import json
+import os
 import sys
 
 import lightning as L
@@ -75,6 +77,19 @@ def test_a_failure_to_draw_is_printed_and_the_run_continues(tmp_path, monkeypatc
     output = capsys.readouterr().err
     assert f"warning: no report: KeyError: {folder!r}" in output
     assert f"to try again: oumi_pl runs report {folder}" in output
+
+
+def test_a_full_disk_leaves_the_report_to_a_resume(tmp_path, monkeypatch):
+    def make(run, condition):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
+
+    monkeypatch.setattr("oumi_pl.report.page.make", make)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, max_steps=1)
+    state = folders.read_state(tmp_path / "run")
+    assert state["status"] == "failed"
+    assert "train" in state["phases"]
+    assert "report" not in state["phases"]
 
 
 class Failing(L.Callback):

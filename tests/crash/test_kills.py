@@ -156,6 +156,18 @@ def test_a_full_disk_in_the_export_costs_only_the_export(tmp_path, whole):
     assert deviations(folder / "runs" / "r", expected) == []
 
 
+def test_a_full_disk_in_the_report_costs_only_the_report(tmp_path):
+    folder = tmp_path / "full"
+    prepare(folder, changes={"report": True})
+    full = OSError(errno.EROFS, os.strerror(errno.EROFS), "report.html")
+    failed = Child(folder, *RESUME, faults=Faults(folder, kill_on=("replace", "report.html"), error=full))
+    assert failed.wait() == 2
+    assert "Read-only file system to write report.html; mount it writable and continue with --resume" in failed.text
+    assert "its training is complete; what is left: report" in works(folder, *RESUME)
+    state = json.loads((folder / "runs/r/run.json").read_text())
+    assert (state["status"], state["phases"][-1]) == ("finished", "report")
+
+
 def test_a_moved_run_is_resumed_from_elsewhere_with_its_own_best_weights(tmp_path, whole):
     start, expected = whole
     folder = copy(start, tmp_path / "moved")
