@@ -103,9 +103,9 @@ def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: A
     clock = KTOClock()
 
     class Timed(KTO):
-        def on_fit_start(self) -> None:
+        def begin_fit(self) -> None:
             start = time.perf_counter()
-            super().on_fit_start()  # where the reference is computed
+            super().begin_fit()  # where the reference is computed
             clock.beforehand = time.perf_counter() - start
 
     class Watch(L.Callback):
