@@ -7,7 +7,7 @@ tokens with 8 completions of 128 tokens each, in one micro-batch, and the loss i
 with transformers' `generate` at temperature 1, and nothing ends a completion, so that both do the same work. TRL keeps
 its defaults, but for float32, a constant learning rate and gradient checkpointing, which is off for all.
 
-Seconds are means over the updates after the first, of the wall clock and of processor time, which a busy machine
+Seconds are means over the updates, the first included, of the wall clock and of processor time, which a busy machine
 disturbs less. Generating is what is spent within the sampling calls; training is all the rest. Memory is the process's
 peak, and what of it came after the imports. The run stops if the contenders trained on other numbers of tokens. That
 losses and gradients are equal on equal completions is asserted in `tests/parity/test_trl_grpo.py`.
@@ -15,73 +15,79 @@ losses and gradients are equal on equal completions is asserted in `tests/parity
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpo import CLIP, DATA, LLAMA, LR, TRL, peak_memory
+from contenders import (
+    DATA,
+    LLAMA,
+    LR,
+    MEMORY,
+    TEXTS,
+    TOKENIZER,
+    TRL,
+    Benchmark,
+    Clock,
+    Column,
+    Result,
+    check,
+    common_arguments,
+    lightning_trainer,
+)
 
-Result = dict[str, Any]
 PROMPTS, GROUP, TOKENS = 2, 8, 128
 """Prompts of an update, completions of each, and tokens of a prompt and of a completion."""
-BASE = "TRL"
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    BASE: ("trl", {}),
-    "oumi_pl": ("oumi_pl", {}),
-    "oumi_pl, prompts 8 times": ("oumi_pl", {"share_prompt": False}),
-}
-COLUMNS = {
-    "generating s": "generating", "CPU s": "generating_cpu", "training s": "training", "CPU s ": "training_cpu",
-    "update s": "update", "CPU s  ": "update_cpu", "peak GB": "peak", "added GB": "added",
-}  # fmt: skip
 
 
-class Clock:
-    """Wall and processor time of the updates, and of what was spent generating in each."""
+class GRPOClock(Clock):
+    """With wall and processor time of what was spent generating in each update."""
 
     def __init__(self) -> None:
-        self.updates: list[tuple[float, float]] = []
+        super().__init__()
         self.calls: list[tuple[float, float]] = []
         self.generating: list[tuple[float, float]] = []
-        self.tokens = 0
-
-    @staticmethod
-    def now() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, whose calls count as generating."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
+            wall, processor = time.perf_counter(), time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.calls.append(tuple(b - a for a, b in zip(start, self.now(), strict=True)))  # type: ignore[arg-type]
+                self.calls.append((time.perf_counter() - wall, time.process_time() - processor))
 
         return call
 
-    def end(self) -> None:
-        self.updates.append(self.now())
+    def end(self, units: int = 1) -> None:
+        super().end(units)
         self.generating.append((sum(wall for wall, _ in self.calls), sum(cpu for _, cpu in self.calls)))
         self.calls = []
 
     def result(self) -> Result:
-        updates = len(self.updates) - 1
-        result: Result = {"tokens": self.tokens}
-        for i, suffix in enumerate(("", "_cpu")):
-            result[f"update{suffix}"] = (self.updates[-1][i] - self.updates[0][i]) / updates
+        """Seconds per update. What ended first is the start of training, so the first update isn't counted."""
+        updates = len(self.ends) - 1
+        result: Result = {"tokens": self.tokens, "baseline": self.baseline}
+        for i, (suffix, ends) in enumerate({"": self.ends, "_cpu": self.processor}.items()):
+            result[f"update{suffix}"] = (ends[-1] - ends[0]) / updates
             result[f"generating{suffix}"] = sum(one[i] for one in self.generating[1:]) / updates
             result[f"training{suffix}"] = result[f"update{suffix}"] - result[f"generating{suffix}"]
         return result
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", type=Path, default=DATA / "gsm8k" / "train.jsonl", help="rows of texts")
+    common_arguments(parser, 6, "")
+
+
+def write(args: argparse.Namespace, folder: Path) -> str:
+    """Links the tokenizer."""
+    check(args, texts=TEXTS, tokenizer=TOKENIZER)
+    (folder / "tokenizer").symlink_to(args.tokenizer.resolve())
+    return f"{args.steps} updates of {PROMPTS} prompts x {GROUP} completions, {TOKENS} tokens each"
 
 
 def reward(completion: str, row: Any) -> float:
@@ -89,44 +95,35 @@ def reward(completion: str, row: Any) -> float:
     return len(set(completion)) / 100
 
 
-def prepare(texts: Path, tokenizer: Path, steps: int, folder: Path) -> None:
+def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Makes the model, and prompts of exactly so many tokens."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "model")
-    encoder, prompts, ids = AutoTokenizer.from_pretrained(tokenizer), [], []
-    for line in texts.read_text().splitlines():
+    encoder, prompts, ids = AutoTokenizer.from_pretrained(args.tokenizer), [], []
+    for line in args.texts.read_text().splitlines():
         ids += encoder(" ".join(json.loads(line).values()))["input_ids"]
-        while len(ids) >= TOKENS and len(prompts) < PROMPTS * steps:
+        while len(ids) >= TOKENS and len(prompts) < PROMPTS * args.steps:
             text, ids = encoder.decode(ids[:TOKENS]), ids[TOKENS:]
             if len(encoder(text)["input_ids"]) == TOKENS:
                 prompts.append(text)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
-# ---- the contenders
-
-
-def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
+def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
     import lightning as L
     import torch
 
-    from oumi_pl.callbacks.progress import ProgressLine
-    from oumi_pl.callbacks.start import Start
-    from oumi_pl.callbacks.stopping import LastStep
-    from oumi_pl.callbacks.throughput import Throughput
-    from oumi_pl.config.cli import TRAINER_DEFAULTS
     from oumi_pl.core.recipe.formats import prompt
     from oumi_pl.data.rollouts import RolloutData
     from oumi_pl.data.sources import Source
     from oumi_pl.losses.policy import DAPOLoss
     from oumi_pl.modules.grpo import GRPO
     from oumi_pl.rollouts.sampling import Generate, Sampling
-    from oumi_pl.runs.metrics import MetricsCSV
 
-    baseline, clock = peak_memory(), Clock()
+    clock = GRPOClock()
 
     class Endless(Generate):
         def sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,9 +137,7 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
             clock.end()
             clock.tokens += int(pl_module.last_update["targets"])
 
-    L.seed_everything(0)
-    metrics = MetricsCSV()
-    metrics.open(scratch / "metrics.csv")
+    trainer = lightning_trainer(clock, scratch, Watch())
     adamw = partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
     data = RolloutData(
         Source(str(folder / "prompts.jsonl"), format=prompt),
@@ -157,26 +152,16 @@ def run_ours(folder: Path, scratch: Path, **options: Any) -> Result:
         seed=0,
     )
     data.engine.sample = clock.timed(data.engine.sample)  # type: ignore[method-assign]
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=metrics,
-        enable_checkpointing=False,
-        gradient_clip_val=CLIP,
-        callbacks=[Start(), LastStep(), Throughput(), ProgressLine(), Watch()],
-        **TRAINER_DEFAULTS,
-    )
     trainer.fit(GRPO(str(folder / "model"), loss=DAPOLoss(0.2, 0.2), optimizer=adamw, **options), data)
-    return clock.result() | {"baseline": baseline}
+    return clock.result()
 
 
-def run_trl(folder: Path, scratch: Path) -> Result:
+def run_trl(args: argparse.Namespace, folder: Path, scratch: Path) -> Result:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    baseline, clock = peak_memory(), Clock()
+    clock = GRPOClock()
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -194,8 +179,7 @@ def run_trl(folder: Path, scratch: Path) -> Result:
         return [reward(completion, None) for completion in completions]
 
     settings = {key: value for key, value in TRL.items() if key != "train_sampling_strategy"}
-    settings |= {"learning_rate": LR, "max_grad_norm": CLIP, "weight_decay": 0.0, "logging_steps": 1}
-    settings |= {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, "num_train_epochs": 1}
+    settings |= {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP}
     settings |= {"max_completion_length": TOKENS, "temperature": 1.0, "loss_type": "dapo", "disable_dropout": True}
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     trainer = Counted(
@@ -210,79 +194,28 @@ def run_trl(folder: Path, scratch: Path) -> Result:
     trainer.generation_kwargs["eos_token_id"] = None
     trainer._generate_single_turn = clock.timed(trainer._generate_single_turn)
     trainer.train()
-    return clock.result() | {"baseline": baseline}
+    return clock.result()
 
 
-# ---- the comparison
+def differences(one: Result, two: Result) -> Iterator[str]:
+    if one["tokens"] != two["tokens"]:
+        yield f"it trained on {one['tokens']} tokens, not {two['tokens']}"
 
 
-def child(name: str, threads: int, folder: Path) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    engine, options = CASES[name]
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["OUMI_PL_CACHE"] = scratch
-        result = (run_ours if engine == "oumi_pl" else run_trl)(folder, Path(scratch), **options)
-    peak = peak_memory()
-    print("RESULT " + json.dumps(result | {"peak": peak, "added": peak - result["baseline"]}))
-
-
-def in_a_process(name: str, threads: int, folder: Path) -> Result:
-    command = [sys.executable, __file__, "--child", name, "--threads", str(threads), "--folder", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OUMI_PL_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
-
-
-def ratios(results: dict[str, Result]) -> Iterator[str]:
-    yield f"{BASE} as a multiple; memory as a share of {BASE}'s"
-    for name, got in results.items():
-        if name != BASE:
-            parts = [
-                got[key] / results[BASE][key] if "GB" in column else results[BASE][key] / got[key]
-                for column, key in COLUMNS.items()
-            ]
-            yield f"{name:26}" + "".join(f"{part:13.2f}x" for part in parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, default=DATA / "gsm8k" / "train.jsonl", help="rows of texts")
-    parser.add_argument("--tokenizer", type=Path, default=DATA / "gpt2-tokenizer", help="directory")
-    parser.add_argument("--steps", type=int, default=6, help="updates; fewer to try it out")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        child(args.child, args.threads, args.folder)
-        return
-    for missing in (path for path in (args.texts, args.tokenizer) if not path.exists()):
-        sys.exit(f"{missing} is missing: --texts takes a .jsonl of texts, --tokenizer GPT-2's directory")
-    if args.steps < 2:
-        sys.exit("--steps: at least 2, since the first update is not timed")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "lightning"))
-    machine = platform.processor() or platform.machine()
-    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
-    print(f"{args.steps} updates of {PROMPTS} prompts x {GROUP} completions, {TOKENS} tokens each", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "tokenizer").symlink_to(args.tokenizer.resolve())
-        prepare(args.texts, args.tokenizer, args.steps, folder)
-        print(" " * 26 + "".join(f"{column.strip():>14}" for column in COLUMNS) + f"{'tokens':>10}")
-        results: dict[str, Result] = {}
-        for name in CASES:
-            results[name] = got = in_a_process(name, args.threads, folder)
-            print(f"{name:26}" + "".join(f"{got[key]:14.2f}" for key in COLUMNS.values()) + f"{got['tokens']:10,}")
-            sys.stdout.flush()
-            if got["tokens"] != results[BASE]["tokens"]:
-                sys.exit(f"{name} does other work than {BASE}: {got['tokens']} and {results[BASE]['tokens']} tokens")
-    print("\n".join(ratios(results)))
-
+BASE = "TRL"
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    BASE: (run_trl, {}),
+    "oumi_pl": (run_ours, {}),
+    "oumi_pl, prompts 8 times": (run_ours, {"share_prompt": False}),
+}
+TABLE = {
+    f"{what}{suffix}": Column(title, ratio=-1)
+    for what, short in (("generating", "generate s"), ("training", "train s"), ("update", "update s"))
+    for suffix, title in (("", short), ("_cpu", "CPU s"))
+}
+TABLE |= MEMORY | {"tokens": Column("tokens", ",", 0)}
 
 if __name__ == "__main__":
-    main()
+    data = (arguments, write, prepare, differences)
+    compared = "{peer} as a multiple; memory as a share of {peer}'s"
+    Benchmark(__file__, __doc__, "", (BASE,), CASES, *data, columns=TABLE, compared=compared).main()

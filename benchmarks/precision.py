@@ -9,27 +9,24 @@ updates over the second half of the runs. It needs a CPU that multiplies bfloat1
 """
 
 import argparse
-import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+from contenders import SHAPES, Result, child_arguments, contender, report
 from packing import processor
-from sft import LLAMA, MAX_LENGTH, SHAPES, WARMUP, prepare
+from sft import LLAMA, MAX_LENGTH, WARMUP, prepare
 
 RUNS = {"32-true": ("32-true", 0), "bf16-mixed": ("bf16-mixed", 0), "bf16-true": ("bf16-true", 0)}
 OTHER_SEED = {"32-true, other seed": ("32-true", 1)}
 WINDOW = 20
 
 
-def run(folder: Path, precision: str, seed: int, steps: int, shape: str) -> dict:
+def run(folder: Path, precision: str, seed: int, steps: int, shape: str) -> Result:
     import lightning as L
     import torch
 
@@ -81,20 +78,7 @@ def child(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     precision, seed = (RUNS | OTHER_SEED)[args.child]
-    result = run(args.folder, precision, seed, args.steps, args.shape)
-    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print("RESULT " + json.dumps(result))
-
-
-def measure(name: str, args: argparse.Namespace, folder: Path) -> dict:
-    command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--steps", str(args.steps)]
-    command += ["--threads", str(args.threads), "--shape", args.shape]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OUMI_PL_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(lines[0].removeprefix("RESULT "))
+    report(run(args.folder, precision, seed, args.steps, args.shape))
 
 
 def apart(losses: list[float], others: list[float]) -> str:
@@ -112,8 +96,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="17m")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    child_arguments(parser)
     args = parser.parse_args()
     if args.child:
         child(args)
@@ -123,14 +106,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args.rows, args.tokenizer)
-        base: dict = {}
+        base: Result = {}
         long = args.steps >= 100
         for name in RUNS | (OTHER_SEED if long else {}):
-            result = measure(name, args, folder)
+            result = contender(__file__, name, args, folder)
             base = base or result
-            speed, memory = (result[k] / base[k] for k in ("tokens_per_second", "peak_gb"))
+            speed, memory = (result[k] / base[k] for k in ("tokens_per_second", "peak"))
             line = f"{name:20} {result['tokens_per_second']:7,.0f} tokens/s ({speed:.2f}x)"
-            line += f"  {result['peak_gb']:5.2f} GB ({memory:.2f}x)"
+            line += f"  {result['peak']:5.2f} GB ({memory:.2f}x)"
             if long and result is not base:
                 line += f"  {apart(result['losses'], base['losses'])}"
             print(line, flush=True)

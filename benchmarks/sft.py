@@ -12,15 +12,12 @@ recompute activations in the backward pass; ours is measured with recomputation 
 import argparse
 import json
 import os
-import platform
 import random
-import resource
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from contenders import SHAPES, VOCABULARY, Result, child_arguments, contender, report, versions
 
 WARMUP = 3
 MAX_LENGTH = 1024
@@ -28,30 +25,14 @@ LLAMA = {
     "model_type": "llama",
     "max_position_embeddings": MAX_LENGTH,
     "tie_word_embeddings": True,
-    "vocab_size": 50257,
+    "vocab_size": VOCABULARY,
 }
-SHAPES = {
-    "17m": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    },
-    "135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
+ENGINES = {
+    "oumi_pl": {},
+    "trl": {"gradient_checkpointing": False},
+    "oumi_pl (recomputes)": {"gradient_checkpointing": True},
+    "trl (its defaults)": {},
 }
-ENGINES = [
-    ("oumi_pl", {}),
-    ("trl", {"gradient_checkpointing": False}),
-    ("oumi_pl (recomputes)", {"gradient_checkpointing": True}),
-    ("trl (its defaults)", {}),
-]
 CASES = ("packed", "padded")
 
 
@@ -92,7 +73,7 @@ def prepare(folder: Path, rows: Path | None, tokenizer: Path | None) -> None:
         make_tokenizer(folder / "tokenizer", folder / "rows.jsonl")
 
 
-def run_ours(folder: Path, packing: bool, steps: int, config: dict, **options: bool) -> dict[str, float]:
+def run_ours(folder: Path, packing: bool, steps: int, config: dict, **options: bool) -> Result:
     import lightning as L
     import torch
 
@@ -134,7 +115,7 @@ def run_ours(folder: Path, packing: bool, steps: int, config: dict, **options: b
     return {"tokens_per_second": clock.tokens / (clock.times[-1] - clock.times[WARMUP - 1])}
 
 
-def run_trl(folder: Path, packing: bool, steps: int, config: dict, **options: bool) -> dict[str, float]:
+def run_trl(folder: Path, packing: bool, steps: int, config: dict, **options: bool) -> Result:
     from datasets import load_dataset
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
@@ -179,26 +160,13 @@ def run_trl(folder: Path, packing: bool, steps: int, config: dict, **options: bo
 
 
 def child(args: argparse.Namespace) -> None:
+    """Runs the case and the engine that `main` names, "packed: trl"."""
     import torch
 
     torch.set_num_threads(args.threads)
-    options = json.loads(args.options)
-    run = run_ours if args.child == "oumi_pl" else run_trl
-    result = run(args.folder, args.case == "packed", args.steps, LLAMA | SHAPES[args.shape], **options)
-    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print("RESULT " + json.dumps(result))
-
-
-def measure(engine: str, case: str, options: dict, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", engine.split()[0], "--case", case, "--folder", str(folder)]
-    command += ["--steps", str(args.steps), "--threads", str(args.threads), "--shape", args.shape]
-    command += ["--options", json.dumps(options)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OUMI_PL_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(lines[0].removeprefix("RESULT "))
+    case, _, engine = args.child.partition(": ")
+    run = run_ours if engine.startswith("oumi_pl") else run_trl
+    report(run(args.folder, case == "packed", args.steps, LLAMA | SHAPES[args.shape], **ENGINES[engine]))
 
 
 def main() -> None:
@@ -209,26 +177,22 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    for hidden in ("child", "case", "options"):
-        parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    child_arguments(parser)
     args = parser.parse_args()
     if args.child:
         child(args)
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "lightning"))
-    machine = platform.processor() or platform.machine()
-    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads; Llama {args.shape}")
+    print(f"{versions(args.threads)}; Llama {args.shape}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args.rows, args.tokenizer)
         for case in args.cases:
-            ours: dict[str, float] = {}
-            for engine, options in ENGINES:
-                got = measure(engine, case, options, args, folder)
+            ours: Result = {}
+            for engine in ENGINES:
+                got = contender(__file__, f"{case}: {engine}", args, folder)
                 ours = got if engine.startswith("oumi_pl") else ours
-                speed, memory = (ours[k] / got[k] for k in ("tokens_per_second", "peak_gb"))
-                line = f"{case:8} {engine:20} {got['tokens_per_second']:9,.0f} tokens/s  {got['peak_gb']:5.2f} GB"
+                speed, memory = (ours[k] / got[k] for k in ("tokens_per_second", "peak"))
+                line = f"{case:8} {engine:20} {got['tokens_per_second']:9,.0f} tokens/s  {got['peak']:5.2f} GB"
                 compared = f"   ours is {speed:.2f}x as fast, with {memory:.2f}x the memory" if got is not ours else ""
                 print(line + compared, flush=True)
 

@@ -5,6 +5,13 @@
 Both render the same rows with the same chat template, mark the assistant's turns and write the tokens to disk. Ours
 also checks that all parts of each trained turn are written. Rows per second are given by the clock and by the processor
 time of all processes, which depends less on what else a machine does.
+
+Ours reads the rows from the file within the time that counts. The peer's are on disk in Arrow's format by then: loading
+them is not timed. Each way runs in a process of its own, with its first use of the libraries timed, and what it wrote
+is deleted before the next. Memory is the peak resident set of that process, imports and the peer's loading included,
+and that of the largest of its workers; pages of files that a process has mapped and pages that it shares with others
+count in each. Neither the rows nor the tokens are ever all in the memory of this script: a million rows are a matter of
+time and disk.
 """
 
 import argparse
@@ -15,28 +22,22 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
-import datasets
-import tokenizers
-import transformers
-import trl
-
-from oumi_pl.data.sft import SFTData
-from oumi_pl.data.template import apply_template, load_template
+from contenders import child_arguments, in_a_process, peak_memory, report
 
 WORDS = ("tide", "port", "harbour", "moon", "water", "rises", "falls", "early", "late", "north", "because", "metres")
 
 
-def conversations(rows: int) -> list[dict]:
+def conversations(rows: int) -> Iterator[dict]:
     """Rows of one to three questions and answers; every third has a tool call."""
     rng = random.Random(0)
 
     def text(most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(3, most)))
 
-    rows_written = []
     for i in range(rows):
         messages = []
         for _ in range(rng.randint(1, 3)):
@@ -48,8 +49,7 @@ def conversations(rows: int) -> list[dict]:
                 {"role": "tool", "content": "4.2 m"},
                 messages[-1],
             ]
-        rows_written.append({"messages": messages})
-    return rows_written
+        yield {"messages": messages}
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -64,16 +64,27 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - start, used() - before
 
 
+# Libraries are imported where they are needed, so that the memory of each way is of its own libraries.
+
+
 def ours(file: Path, tokenizer: str, processes: int) -> Callable[[], object]:
+    from oumi_pl.data.sft import SFTData
+
     data = SFTData(str(file), tokenizer=tokenizer, template="chatml", max_length=4096, processes=processes)
     assert data.tokenizer
     return lambda: data.stores("train")
 
 
 def theirs(file: Path, tokenizer: str, processes: int) -> Callable[[], object]:
+    import datasets
+    import transformers
+
+    from oumi_pl.data.template import apply_template, load_template
+
+    datasets.disable_progress_bars()
     loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     apply_template(loaded, load_template(loaded, "chatml"))
-    rows = datasets.Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
+    rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=os.environ["OUMI_PL_CACHE"])
 
     def tokenize(example: dict, processing_class: transformers.PreTrainedTokenizerBase) -> dict:
         processed = processing_class.apply_chat_template(
@@ -85,25 +96,42 @@ def theirs(file: Path, tokenizer: str, processes: int) -> Callable[[], object]:
     return lambda: rows.map(tokenize, fn_kwargs={"processing_class": loaded}, num_proc=number)
 
 
+WAYS = {"ours": ours, "dataset.map, as TRL": theirs}
+
+
+def child(args: argparse.Namespace) -> None:
+    """Runs the way with so many processes that `main` names, "ours: 2"."""
+    name, _, processes = args.child.partition(": ")
+    wall, processor = timed(WAYS[name](args.folder / "rows.jsonl", args.tokenizer, int(processes)))
+    report({"wall": wall, "processor": processor, "worker": peak_memory(resource.RUSAGE_CHILDREN)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times tokenizing, ours and as TRL does it.")
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, such as GPT-2's")
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    child_arguments(parser)
     args = parser.parse_args()
-    datasets.disable_progress_bars()
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (trl, transformers, tokenizers, datasets))
+    if args.child:
+        child(args)
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "tokenizers", "datasets"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")
     print(f"python {platform.python_version()}, {versions}; {args.rows:,} rows\n")
-    print("| way | processes | rows/s | rows/s of processor time |\n|---|---|---|---|")
+    print("| way | processes | rows/s | rows/s of processor time | peak GB | of its largest worker |")
+    print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in conversations(args.rows)))
+        with (Path(folder) / "rows.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in conversations(args.rows))
         for processes in args.processes:
-            for name, way in (("ours", ours), ("dataset.map, as TRL", theirs)):
-                os.environ["OUMI_PL_CACHE"] = tempfile.mkdtemp(dir=folder)
-                wall, cpu = timed(way(file, args.tokenizer, processes))
-                print(f"| {name} | {processes} | {args.rows / wall:,.0f} | {args.rows / cpu:,.0f} |", flush=True)
+            for name in WAYS:
+                with tempfile.TemporaryDirectory(dir=folder) as cache:
+                    # the peer's temporary files go there as well
+                    places = {"OUMI_PL_CACHE": cache, "TMPDIR": cache}
+                    got = in_a_process(__file__, f"{name}: {processes}", Path(folder), **places)
+                rates = f"{args.rows / got['wall']:,.0f} | {args.rows / got['processor']:,.0f}"
+                print(f"| {name} | {processes} | {rates} | {got['peak']:.2f} | {got['worker']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
