@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 LISTED = 12
 """Most known names that an error lists."""
@@ -126,9 +127,29 @@ RANK_ENDED = re.compile(r"Connection (closed by|reset by) peer|Broken pipe|remot
 OUT_OF_HOST_MEMORY = "which is what the system does to a process when memory runs out (`dmesg` says so)"
 
 
+def is_disk_failure(error: BaseException) -> TypeGuard[OSError]:
+    """Whether nothing can be written to a disk: it is full, over quota, or read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _why_not_written(error: OSError) -> str:
+    place = f" to write {error.filename}" if error.filename else ""
+    is_read_only = error.errno == errno.EROFS
+    if error.filename and Path(str(error.filename)).absolute().is_relative_to(cache_folder().absolute()):
+        remedy = (
+            "mount it writable" if is_read_only else "free some space (the cache may be deleted; it is written again)"
+        )
+        return (
+            f"{error.strerror}{place}, in the cache; {remedy}, or set OUMI_PL_CACHE to a folder on another disk; then "
+            "repeat the command, with --resume if the run had begun"
+        )
+    remedy = "mount it writable" if is_read_only else "free some space"
+    return f"{error.strerror}{place}; {remedy} and continue with --resume, or choose another --runs_dir"
+
+
 def machine_failure(error: BaseException) -> str | None:
-    """The message for an error that is neither the user's nor a bug: out of memory, a full disk, a process that was
-    killed; None for others.
+    """The message for an error that is neither the user's nor a bug: out of memory, a disk that is full or read-only, a
+    process that was killed; None for others.
     """
     if is_out_of_memory(error):
         # `oumi_pl.callbacks.memory` attaches a better message as notes
@@ -139,16 +160,8 @@ def machine_failure(error: BaseException) -> str | None:
         )
     seen: BaseException | None = error
     while seen is not None:  # the whole chain, since writers often fail again while they clean up
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            place = f" to write {seen.filename}" if seen.filename else ""
-            if seen.filename and Path(str(seen.filename)).absolute().is_relative_to(cache_folder().absolute()):
-                return (
-                    f"{seen.strerror}{place}, in the cache; free some space (the cache itself may be deleted, and "
-                    "is then written again), or set OUMI_PL_CACHE to a folder on another disk; then repeat the "
-                    "command, with --resume if the run had begun"
-                )
-            remedy = "mount it writable" if seen.errno == errno.EROFS else "free some space"
-            return f"{seen.strerror}{place}; {remedy} and continue with --resume, or choose another --runs_dir"
+        if is_disk_failure(seen):
+            return _why_not_written(seen)
         if ended := WORKER_ENDED.search(str(seen)):
             by_signal = WORKER_ENDED.search(str(seen.__cause__))  # PyTorch's first error names the signal
             return _why_worker_ended(ended[1] or (by_signal and by_signal[1]))

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from oumi_pl.callbacks import find
 from oumi_pl.callbacks.run_folder import RunFolder, completed
-from oumi_pl.errors import machine_failure
+from oumi_pl.errors import is_disk_failure
 from oumi_pl.runs.metrics import MetricsCSV
 from oumi_pl.terminal.text import echo
 from oumi_pl.types import RunModule
@@ -17,8 +17,8 @@ from oumi_pl.types import RunModule
 class Report(L.Callback):
     """Draws the curves of a run and writes its report.
 
-    An error in here is printed and does not fail the run, unless it is the machine's, such as a full disk: then the
-    run is not finished yet, and a resume writes its report.
+    An error in here is printed and does not fail the run, unless the disk is full or read-only: then the run is not
+    finished yet, and a resume writes its report.
     """
 
     @rank_zero_only
@@ -29,8 +29,8 @@ class Report(L.Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Any, pl_module: RunModule, exception: BaseException) -> None:
-        """Reports a run that was stopped or failed, unless a second Ctrl-C asked to end at once."""
-        if not isinstance(exception, KeyboardInterrupt):
+        """Reports a run that was stopped or failed, unless a second Ctrl-C asked to end at once or a disk is full."""
+        if not isinstance(exception, KeyboardInterrupt) and not is_disk_failure(exception):
             self._write(trainer)
 
     def _write(self, trainer: Any, condition: str | None = None) -> bool:
@@ -46,10 +46,11 @@ class Report(L.Callback):
 
             page = make(folder.directory, condition)
         except Exception as error:
-            if condition == "finished" and machine_failure(error):
+            if condition == "finished" and is_disk_failure(error):
                 raise
-            retry = f"the run itself is complete; to try again: oumi_pl runs report {folder.directory}"
-            echo(f"warning: no report: {type(error).__name__}: {error} ({retry})", file=sys.stderr)
+            retry = f"to try again: oumi_pl runs report {folder.directory}"
+            complete = "the run itself is complete; " if condition == "finished" else ""
+            echo(f"warning: no report: {type(error).__name__}: {error} ({complete}{retry})", file=sys.stderr)
             return False
         if page is not None:
             echo(f"report -> {page}")

@@ -39,7 +39,7 @@ def is_due(trainer: Any, phase: str) -> bool:
 def completed(trainer: Any, *phases: str) -> None:
     """Records phases as complete, in `run.json`."""
     if (folder := find(trainer, RunFolder)) is not None:
-        folder.phases = folders.phases({"phases": [*folder.phases, *phases]})
+        folder.phases = folders.in_order([*folder.phases, *phases])
         folder.record(phases=folder.phases)
 
 
@@ -167,7 +167,7 @@ class RunFolder(L.Callback):
         has_ended = checkpoints is not None and checkpoints.has_ended(trainer)
         self.phases = ["prepare", "reference"]
         if has_ended:
-            self.phases = folders.phases({"phases": [*self.phases, *folders.phases(earlier)]})
+            self.phases = folders.in_order([*self.phases, *earlier.get("phases", [])])
         self._before = dict(earlier.get("times", {}))
         unrecorded = (folders.seconds(directory, earlier) or 0.0) - sum(self._before.values())
         if unrecorded > 0:
@@ -356,11 +356,16 @@ def refuse_other_date(before: str | None, now: str | None) -> None:
     Raises:
         UserError: the dates differ, because the cache that held the first one is gone.
     """
-    if before is not None and now != before:
+    if before is None or now == before:
+        return
+    if now is None:
         raise UserError(
-            f"--resume: the chat template writes today's date, which was {before} in this run and would be {now} now; "
-            f"set data.template_variables.date: {before}"
+            f"--resume: the chat template of this run wrote a date ({before}), and writes none now; restore it"
         )
+    raise UserError(
+        f"--resume: the chat template writes today's date, which was {before} in this run and would be {now} now; "
+        f"set data.template_variables.date: {before}"
+    )
 
 
 def nothing_left(step: int) -> UserError:

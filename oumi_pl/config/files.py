@@ -317,7 +317,7 @@ def _say_where(run: Path, state: dict[str, Any], checkpoint: Path | None, damage
         echo(f"resuming {run} from {checkpoint.name if checkpoint else 'the start: it has no checkpoint yet'}")
     for path, why in damaged.items():
         echo(f"note: {path} is damaged: {why}; what came after {checkpoint and checkpoint.name} is trained again")
-    phases = folders.phases(state)
+    phases = folders.in_order(state.get("phases", []))
     if (checkpoint is not None or is_engine_run) and "train" in phases and state.get("status") != "finished":
         left = [phase for phase in folders.PHASES if phase not in phases]
         echo(f"its training is complete; what is left: {', '.join(left) or 'nothing'}")

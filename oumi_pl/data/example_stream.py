@@ -230,6 +230,7 @@ class ExampleStream(RowStream):
         self._out, self._drawn = state["out"], state["drawn"]
         buffer: Any = _from_state(state["buffer"])
         self._buffer = buffer
+        self._before = self.mixture.state(), rows.state()
 
 
 def left_out(snapshot: dict[str, Any]) -> Counts:
@@ -243,7 +244,7 @@ def left_out(snapshot: dict[str, Any]) -> Counts:
 class ExampleLoader(StreamLoader):
     """Yields the micro-batches of one rank from an `ExampleStream`; see `StreamLoader`."""
 
-    nothing = "data.train: no row is left to train on"
+    no_rows = "data.train: no row is left to train on"
 
     def _totals(self, rows: Sequence[Any], update: int) -> Update:
         layout = self.layout_now

@@ -81,6 +81,7 @@ class TokenMixture:
         weights: Relative share of each source in the tokens; all None to read one source after the other.
         exhausted: At the end of a source (without weights, of the last one), the stream `stop`s, or the source (without
             weights, the first one) `restart`s.
+        measure: Maps a document to what shares are of; its number of tokens by default.
 
     Raises:
         UserError: some sources have a weight and others none, or a weight isn't above 0; while reading: a source has no
@@ -129,7 +130,7 @@ class TokenMixture:
                 raise StopIteration
 
     def close(self) -> None:
-        """Stops reading: the processes that do it end. Iterated again, it goes on from its position."""
+        """Ends the processes that read. The next document is read from the current position."""
         self._iterators = self._no_iterators()
 
     def _due(self) -> int:
@@ -223,8 +224,8 @@ class RowStream:
                     out, self._buffer[drawn] = self._buffer[drawn], row
                     yield out
         finally:
-            # Now, and not when the garbage collector finds the stream: it ends the threads that send requests to worker
-            # processes first, so workers never hear that they are to end, and PyTorch waits five seconds for each.
+            # Close now. The garbage collector would end the threads of the request queues before PyTorch asks the
+            # workers to stop, and PyTorch would then wait five seconds for each worker.
             self.mixture.close()
         while self._buffer:
             drawn = self._draw()
@@ -262,7 +263,7 @@ class RowStream:
         """The position between two rows. Cheap: copies only references, which `as_state` turns into tensors."""
         mixture, (carried, length) = self._before
         running = self._running
-        if running is not None:  # to within a row: what was carried over from documents before is in its first row
+        if running is not None:  # approximate to one row, since the first may begin with tokens of earlier documents
             running = [running[0], min(running[1], self._out * self.windows.max_length)]
         return {
             "mixture": mixture,
@@ -290,5 +291,6 @@ class RowStream:
         self.mixture.restore(state["mixture"])
         self.windows.restore(arrays_from_state(state["carried"]))
         self._out, self._drawn = state["out"], state["drawn"]
-        self._running = state.get("running")  # its length so far
+        self._running = state.get("running")  # of these, the tokens that were read
         self._buffer = rows_from_state(state["buffer"])
+        self._before = self.mixture.state(), self.windows.state()

@@ -13,7 +13,7 @@ from oumi_pl.data.windows import Row
 from oumi_pl.errors import UserError
 from oumi_pl.types import IGNORE_INDEX, Batch, Update
 
-KEPT = 4
+KEPT_POSITIONS = 4
 """Updates whose positions are kept. Few suffice: Lightning fetches at most one micro-batch ahead of training."""
 
 
@@ -52,7 +52,7 @@ class StreamLoader:
         pin_memory: Pin batches in memory, for asynchronous copies to a GPU.
     """
 
-    nothing: str = "data.train: the documents don't fill a single row: there is nothing to predict in them"
+    no_rows: str = "data.train: the documents don't fill a single row: there is nothing to predict in them"
     """The message for a pass without rows."""
 
     def __init__(
@@ -74,7 +74,7 @@ class StreamLoader:
         self.pin_memory = pin_memory
         self.epoch = 0
         self.on_epoch: Callable[[int], None] = lambda epoch: None
-        """Called with the number of each epoch before its first batch, also if a resumed run begins within it."""
+        """Called with the number of each epoch before it is trained on, also if a resumed run begins within it."""
         self._yielded = 0
         self._trained = trained or (lambda: self._yielded // self.layout_now.micro_batches)
         self._update = 0
@@ -133,7 +133,7 @@ class StreamLoader:
             # first batch of the next epoch before it calls `set_epoch`.
             self._begin(self.epoch + 1)
         if not batches:
-            raise UserError(self.nothing)
+            raise UserError(self.no_rows)
 
     def _pass(self) -> Iterator[Batch]:
         """The rest of one pass."""
@@ -150,7 +150,7 @@ class StreamLoader:
             if not taken:
                 return
             self._positions[done] = {"epoch": epoch, "update": update + done, "stream": stream.snapshot()}
-            self._positions.pop(done - KEPT, None)
+            self._positions.pop(done - KEPT_POSITIONS, None)
             for batch in self.batches_of(taken, update + done - 1):
                 self._yielded += 1
                 yield batch
@@ -163,7 +163,7 @@ class StreamLoader:
             yield self._batch([rows[i] for i in share], [first + i for i in share], totals)
 
     def _totals(self, rows: Sequence[Row], update: int) -> Update:
-        """The totals of an update; only those within `limit` if it ends within the update."""
+        """The totals of an update; only those within `limit` if the limit falls within the update."""
         layout = self.layout_now
         rows = rows[: layout.within(self.limit, update, self.updates) * layout.batch_size * layout.ranks]
         return Update(sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows), len(rows), layout.parts)

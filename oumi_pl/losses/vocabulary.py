@@ -1,4 +1,4 @@
-"""Logits of which a rank holds some columns: what the losses need of the others.
+"""Losses of logits whose columns, the vocabulary, are divided over ranks.
 
 With tensor parallelism, the output head is divided along the vocabulary. A chunk's largest logit, the sum of its
 exponentials and the logits of its targets are reduced over the ranks; the logits themselves stay where they are.
@@ -38,7 +38,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class VocabularyPart(Vocabulary):
-    """Some columns are here, and the others at the other ranks of a group. All of them have to call each method."""
+    """Some columns are here, and the others at the other ranks of a group.
+
+    All of them have to call each method but `add_at_target`, which needs nothing of the others.
+    """
 
     group: dist.ProcessGroup
     start: int
@@ -96,7 +99,11 @@ class LocalHead(NamedTuple):
 
 
 def divided_head(head: nn.Module, hidden: Tensor) -> LocalHead | None:
-    """The part on this rank of a linear head whose weight a tensor group holds; None of any other head."""
+    """The part on this rank of a linear head whose weight a tensor group holds.
+
+    None for other heads, and for those that have to be called: with a forward hook, a bias that is divided, a weight in
+    integers or on another device.
+    """
     weight = getattr(head, "weight", None)
     if type(head) is not nn.Linear or not isinstance(weight, DTensor):
         return None

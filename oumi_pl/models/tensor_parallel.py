@@ -73,7 +73,7 @@ class Style:
     gathers_output: bool = False
     """Of a weight divided by outputs: whether the output is put together."""
     sees_own_heads: bool = False
-    """Of a weight that is whole: whether each rank applies it to other heads, so that the gradient is a sum."""
+    """Of a weight that is whole: whether each rank applies it to different heads, so that the gradient is a sum."""
 
 
 STYLES = {
@@ -243,8 +243,8 @@ def divided_dim(style: Style, name: str) -> int | None:
 def sharded_dim(divided: int | None, shape: torch.Size, shards: int) -> int:
     """The dimension along which FSDP2 divides a weight further.
 
-    That is the other one, if it is divided over the tensor group by rows. FSDP2 wants that one to be even, which the
-    rank of an adapter may not be; then it divides the rows again.
+    If the tensor group divides the rows, FSDP2 divides the columns. It can only divide them evenly, which the rank of
+    an adapter may not allow; then it divides the rows again.
     """
     return 1 if divided == 0 and shape[1] % shards == 0 else 0
 

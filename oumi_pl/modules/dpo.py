@@ -73,6 +73,8 @@ class DPO(LanguageModule):
             needed=self.loss.needs_reference,
             user=type(self.loss).__name__,
         )
+        if self.reference.kind == "none":
+            self.validation_metrics = tuple(name for name in self.validation_metrics if name != "val/kl")
         self.__lacks_margins: Tensor | bool = False
 
     def loss_sums(self, batch: Batch, split: Split) -> Sums:
@@ -160,7 +162,7 @@ class DPO(LanguageModule):
             raise UserError(f"{type(loss).__name__} is {value:.6g} for equal policy and reference, not {expected:g}")
 
     def refuse_non_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """See `UpdateModule`; if rows lack a margin, names that as the likely cause.
+        """See `UpdateModule`; of a loss of the user's, names rows without a margin as a possible cause.
 
         Raises:
             UserError: the loss or the norm is not a finite number.
@@ -168,12 +170,16 @@ class DPO(LanguageModule):
         try:
             super().refuse_non_finite(loss, grad_norm)
         except UserError as error:
-            if self.__lacks_margins:
-                raise UserError(
-                    "the loss is not a number, and there are rows without a margin, which is NaN for them: give all "
-                    "rows one, or let the loss do without (pairs.margins.nan_to_num())"
-                ) from error
-            raise
+            # no loss of the package reads margins, but these two may contain one that does
+            may_read = isinstance(self.loss, WeightedSum | LDDPO) or not type(self.loss).__module__.startswith(
+                "oumi_pl."
+            )
+            if not (may_read and self.__lacks_margins):
+                raise
+            raise UserError(
+                f"{error}. If the loss reads pairs.margins: there are rows without a margin, which is NaN for them; "
+                "give all rows one, or let the loss do without (pairs.margins.nan_to_num())"
+            ) from error
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights that `LanguageModule` saves, and the buffers of the loss."""

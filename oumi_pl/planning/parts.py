@@ -27,7 +27,7 @@ class Parts(CLI):
     is_pretrained: bool
     """Whether the recipe names a model, whose weights a run would load."""
     left_out: tuple[str, ...]
-    """Keys of the recipe that are planned as if they were not set."""
+    """Those of `model.compile` and `model.fp8` that the recipe sets: it is planned as if they were off."""
 
     def with_initial_model(self, args: list[str]) -> list[str]:
         """Leaves `recipe:NAME` as it is: its config is enough."""
@@ -71,7 +71,7 @@ def parts_of(configs: Sequence[Path], overrides: Sequence[str], devices: int, *,
 
 
 def _sizes(tree: Mapping[str, Any], overrides: Sequence[str], devices: int) -> list[str]:
-    """The option that shards over all devices, for a recipe that names another number of them."""
+    """The option that shards over all devices, for a recipe that names how many shards there are."""
     strategy = (tree.get("trainer") or {}).get("strategy")
     arguments = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     named = [key for key in ("data_parallel_size", "shards") if arguments.get(key) is not None]

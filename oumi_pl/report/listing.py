@@ -22,22 +22,21 @@ def line(run: Path) -> dict[str, str]:
     state = folders.read_state(run)
     metrics = folders.read_metrics(run, only=("train/loss", "val/loss", "step"))
     condition = folders.condition(state)
-    noted = state.get("step")
-    done = max([noted if isinstance(noted, int) else 0, *(steps[-1] for steps, _ in metrics.values())])
+    done = max([0, state.get("step", 0), *(steps[-1] for steps, _ in metrics.values())])
     steps = state.get("steps")
     begun, why = state.get("created_ns"), state.get("why")
     val = [value for value in metrics.get("val/loss", ([], []))[1] if math.isfinite(value)]
     cells = {
         "name": run.name,
-        "recipe": str(state.get("recipe", "-")),
+        "recipe": state.get("recipe", "-"),
         "parent": parent_text(state),
         "state": f"{condition} ({why})" if why and condition in ("finished", "stopped") else condition,
-        "step": f"{done:,}/{steps:,}" if isinstance(steps, int) else f"{done:,}",
+        "step": f"{done:,}" if steps is None else f"{done:,}/{steps:,}",
         "loss": number(folders.recent(metrics["train/loss"][1])) if "train/loss" in metrics else "-",
         "val": number(metrics["val/loss"][1][-1]) if "val/loss" in metrics else "-",
         "best val": number(min(val)) if val else "-",
         "time": clock(folders.seconds(run, state)),
-        "begun": ago(time.time() - begun / 1e9) if isinstance(begun, int | float) else "-",
+        "begun": "-" if begun is None else ago(time.time() - begun / 1e9),
     }
     return {name: visible(cell) for name, cell in cells.items()}
 
@@ -72,8 +71,7 @@ def notes(runs: Sequence[Path], lines: Sequence[dict[str, str]]) -> list[str]:
     """Notes on runs whose process can't be checked from here: where they run, and when they last wrote a step."""
     messages = []
     for run in (run for run, cells in zip(runs, lines, strict=True) if cells["state"] == "running?"):
-        owner = folders.read_state(run).get("process")
-        host = owner.get("host") if isinstance(owner, dict) else None
+        host = folders.read_state(run).get("process", {}).get("host")
         try:
             last = f"its last step was written {ago(time.time() - (run / folders.METRICS).stat().st_mtime)}"
         except OSError:

@@ -90,13 +90,12 @@ class Record:
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        return max([_step(self.state.get("step")), *(steps[-1] for steps, _ in self.metrics.values())])
+        return max([0, self.state.get("step", 0), *(steps[-1] for steps, _ in self.metrics.values())])
 
     @property
     def resumed(self) -> list[int]:
         """The steps at which the run was resumed; a restart from step 0 does not count."""
-        steps = self.state.get("resumed")
-        return [step for step in steps if isinstance(step, int) and step > 0] if isinstance(steps, list) else []
+        return [step for step in self.state.get("resumed", []) if step > 0]
 
     def _repr_html_(self) -> str:
         from oumi_pl.report.page import framed, inline, page
@@ -120,10 +119,6 @@ class Record:
             return files.read(self.folder / name).decode(errors="replace")
         except OSError:
             return ""
-
-
-def _step(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -75,14 +75,13 @@ def headline(run: Record) -> dict[str, Any]:
     state = run.state
     steps = f"{run.step:,} of {state['steps']:,}" if state.get("steps") else f"{run.step:,}"
     resumed = f", resumed at step {', '.join(f'{s:,}' for s in run.resumed)}" if run.resumed else ""
-    warnings = state.get("warnings")
     return {
         "title": run.name,
         "condition": run.condition,
         "summary": _summary(run),
         "begun": f"Begun {moment(state.get('created_ns'))}, step {steps}{resumed}{_ended(state)}.",
         "ending": _ending(run),
-        "warnings": warnings if isinstance(warnings, list) else [],
+        "warnings": state.get("warnings", []),
         "tiles": _tiles(run),
     }
 

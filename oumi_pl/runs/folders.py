@@ -44,10 +44,10 @@ HELD_OUT = "held_out.jsonl"
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 TIME = "trainer.max_time"
-"""What has ended a run, if its time was up."""
+"""Value of `ended_by` in `run.json` if the time limit ended the run."""
 PHASES = ("prepare", "reference", "train", "validate", "samples", "export", "report")
 """What a run consists of, in order. `phases` in `run.json` lists those that are complete, and a resumed run goes on
-with the first that is not. `status` becomes `finished` after the last."""
+with the first that is not. `status` becomes `finished` after the last, or if the report can't be drawn."""
 
 
 class State(TypedDict, total=False):
@@ -75,10 +75,11 @@ class State(TypedDict, total=False):
     step: int
     exported_step: int
     begun: float
-    """When the process began, in seconds since 1970; `before` is what earlier ones took."""
+    """When the process began, in seconds since 1970."""
     before: float
+    """Seconds that earlier processes took."""
     times: dict[str, float]
-    """Seconds spent in each phase of `oumi_pl.callbacks.run_folder.Clock`."""
+    """Seconds by what they were spent on: see `oumi_pl.report.clock.Clock`. These are not the `PHASES`."""
     metrics: dict[str, float | None]
     """The last ones; None for those that are not finite."""
     resumed: list[int]
@@ -90,11 +91,14 @@ class State(TypedDict, total=False):
     """Name of a logger -> the id of the run there."""
     warnings: list[str]
     ended_by: str | None
+    """The setting that ended training before the last update: `TIME`, or None."""
     why: str | None
-    """What ended the run before its last update."""
+    """What ended training before the last update, in words: a signal, early stopping, a callback."""
     reason: str | None
-    """The error that stopped or failed it."""
+    """The message of the error that stopped or failed the run."""
 
+
+TYPES = get_type_hints(State)
 
 _STEP = re.compile(r"step-(\d+)\.ckpt$")
 
@@ -195,7 +199,7 @@ def half_of(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder whose content is in `folder`, which is new or empty, at the end of the block.
+    """Yields a temporary folder, and moves its content to `folder`, which is new or empty, at the end of the block.
 
     A new folder is complete or not there, and is written beside its place. One that exists may be the working directory
     or a mount: it stays, is written to from within, and each of its files is complete.
@@ -245,7 +249,11 @@ def _is_remnant(run: Path) -> bool:
 
 def free(root: Path, name: str) -> Path:
     """The folder that `create` would create now."""
-    return next(run for run in _names(root, name) if not run.exists() or _is_remnant(run))
+    return next(run for run in _names(root, name) if not run.exists() or _is_remnant(run) or _is_empty(run))
+
+
+def _is_empty(run: Path) -> bool:
+    return run.is_dir() and not run.is_symlink() and not any(run.iterdir())
 
 
 def _names(root: Path, name: str) -> Iterator[Path]:
@@ -285,8 +293,7 @@ def read_state(run: Path) -> dict[str, Any]:
         return {}
     if not isinstance(state, dict):
         return {}
-    hints = get_type_hints(State)
-    return {key: value for key, value in state.items() if key not in hints or _is_of_type(value, hints[key])}
+    return {key: value for key, value in state.items() if key not in TYPES or _is_of_type(value, TYPES[key])}
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
@@ -303,10 +310,9 @@ def _is_of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool)
 
 
-def phases(state: dict[str, Any]) -> list[str]:
-    """The phases that `run.json` says are complete, in order."""
-    listed = state.get("phases")
-    return [phase for phase in PHASES if phase in listed] if isinstance(listed, list) else []
+def in_order(phases: Collection[str]) -> list[str]:
+    """Known phases in the order of `PHASES`, each once."""
+    return [phase for phase in PHASES if phase in phases]
 
 
 def condition(state: dict[str, Any]) -> str:
@@ -316,7 +322,7 @@ def condition(state: dict[str, Any]) -> str:
         `finished`, `stopped`, `failed` or `running`; `killed` if the process of a `running` one no longer exists;
         `running?` if that can't be checked, on another machine for example; `unknown` if `run.json` has no state.
     """
-    status = str(state.get("status") or "unknown")
+    status = state.get("status") or "unknown"
     if status != "running":
         return status
     return {True: "running", False: "killed", None: "running?"}[lock.is_alive(state.get("process"))]
@@ -341,6 +347,8 @@ def read_metrics(run: Path, only: Collection[str] | None = None) -> dict[str, Co
         return {}
     wanted = [(i, *columns.setdefault(n, ([], []))) for i, n in enumerate(names) if only is None or n in only]
     for line in text:
+        if not line.endswith("\n"):
+            break
         cells = line.rstrip().split(",")  # below the header there are only numbers, so no quotes
         step = step_in(cells[0])
         if step is None or len(cells) != len(names):
@@ -370,13 +378,13 @@ def recent(values: Sequence[float]) -> float:
 def seconds(run: Path, state: dict[str, Any]) -> float | None:
     """Duration of a run, including the time before resumes; up to the last metrics line if its end was not recorded."""
     if state.get("status") != "running":
-        return sum(map(_number, state["times"].values())) if isinstance(state.get("times"), dict) else None
+        return sum(state["times"].values()) if "times" in state else None
     try:
         last = (run / METRICS).stat().st_mtime
     except OSError:
         return None
-    begun = _number(state.get("begun"))
-    return max(0.0, last - begun) + _number(state.get("before")) if begun else None
+    begun = state.get("begun")
+    return max(0.0, last - begun) + state.get("before", 0.0) if begun else None
 
 
 def find(name: str, root: Path) -> Path:
@@ -394,11 +402,7 @@ def find(name: str, root: Path) -> Path:
 def all_runs(root: Path) -> list[Path]:
     """The run folders in a directory, oldest first."""
     runs = {file.parent: read_state(file.parent) for file in root.glob(f"*/{RUN}")}
-    return sorted(runs, key=lambda run: (_number(runs[run].get("created_ns")), run.name))
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    return sorted(runs, key=lambda run: (runs[run].get("created_ns", 0), run.name))
 
 
 def recipe_of(config: Path) -> str | None:

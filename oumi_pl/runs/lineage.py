@@ -33,7 +33,7 @@ def _described(run: Path | None, checkpoint: str, step: int | None) -> dict[str,
 def parent_text(state: dict[str, Any]) -> str:
     """The parent in the state of a run, in words: `base, step 340 (step-00000340.ckpt)`; empty if there is none."""
     parent = state.get("parent")
-    if not isinstance(parent, dict):
+    if not parent:
         return ""
     step = parent.get("step")
     where = f"step {step:,} ({parent.get('checkpoint')})" if isinstance(step, int) else str(parent.get("checkpoint"))

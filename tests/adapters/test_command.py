@@ -79,9 +79,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("engine", "changes"),
-    [("hf", {}), ("hf", {"data.init_args.packing": True}), ("hf", PRETRAINING), ("trl", {}), ("trl", PREFERENCES)],
+    [
+        ("hf", {}),
+        slow("hf", {"data.init_args.packing": True}),  # `test_equal.py` compares the losses of these by default
+        slow("hf", PRETRAINING),
+        slow("trl", {}),
+        ("trl", PREFERENCES),
+    ],
 )
 def test_a_run_writes_the_same_files_as_with_lightning(cli, engine, changes):
     # with dropout, engines draw in another order
@@ -122,11 +132,11 @@ def stopped(cli, monkeypatch, after, how, *args):
 @pytest.mark.parametrize(
     ("engine", "changes"),
     [
-        ("hf", {}),
+        slow("hf", {}),
         ("hf", {"data.init_args.packing": True, "model.init_args.lora": {"r": 4, "lora_dropout": 0.1}}),
-        ("hf", PRETRAINING),
-        ("trl", {}),
-        ("trl", PREFERENCES),
+        slow("hf", PRETRAINING),
+        slow("trl", {}),
+        slow("trl", PREFERENCES),
         ("trl", PREFERENCES | {"model.init_args.lora": {"r": 4}}),
     ],
 )
@@ -168,7 +178,7 @@ def test_an_incomplete_checkpoint_is_skipped(cli, monkeypatch):
     assert checkpoints.newest_whole(newest.parent)[0].name == "checkpoint-2"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", pytest.param("trainer_state.json", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(cli, monkeypatch, name):
     cli.recipe(SETTINGS | {"checkpoint": {"every": 2, "keep": 2}})
     cli.works(*FIT, "--engine", "hf", "--name", "whole")

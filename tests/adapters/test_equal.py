@@ -357,8 +357,22 @@ def test_other_preference_losses(tmp_path, loss):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("make", "engine"), [(sft, "hf"), (sft, "trl"), (preferences, "trl")])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("make", "engine", "precision"),
+    [
+        (sft, "hf", "bf16-mixed"),
+        (preferences, "trl", "bf16-true"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (sft, "hf", "bf16-true"),
+                (sft, "trl", "bf16-mixed"),
+                (sft, "trl", "bf16-true"),
+                (preferences, "trl", "bf16-mixed"),
+            ]
+        ),
+    ],
+)
 def test_half_precision(tmp_path, make, engine, precision):
     """Up to the rounding of bfloat16: weights and matrix products have the same dtypes."""
     ours, _, expected, _ = run("lightning", make, tmp_path, precision)

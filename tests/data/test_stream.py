@@ -127,6 +127,30 @@ def test_a_stream_resumed_at_any_update_yields_the_remaining_batches(tmp_path, l
     assert before + handed_out(first(resumed, 80 - 2 * after)) == whole
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"streaming": True}, {"packing": "best_fit", "streaming": True}], ids=str)
+def test_the_position_of_a_resumed_stream_is_the_one_it_was_resumed_at(tmp_path, kwargs):
+    """Also once batches were read ahead and none is trained yet: a checkpoint of this moment is resumed the same."""
+    trained = [0]
+
+    def loader():
+        loaded = mixture(tmp_path, **kwargs).train_dataloader()
+        loaded._trained = lambda: trained[0]
+        return loaded
+
+    first_run = loader()
+    batches = iter(first_run)
+    whole = handed_out(itertools.islice(batches, 12))
+    trained[0] = 11
+    state = as_saved(first_run.state_dict(), tmp_path / "state.pt")
+    whole += handed_out(itertools.islice(batches, 10))
+    resumed = loader()
+    resumed.load_state_dict(state)
+    next(iter(resumed))
+    again = loader()
+    again.load_state_dict(as_saved(resumed.state_dict(), tmp_path / "again.pt"))
+    assert handed_out(itertools.islice(again, 10)) == whole[11:21]
+
+
 def test_a_stream_that_is_left_ends_its_workers(tmp_path):
     """At once: in the garbage collector, it would take five seconds for each."""
     before = {*multiprocessing.active_children()}

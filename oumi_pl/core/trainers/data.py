@@ -98,7 +98,7 @@ class MapLoader(PlanLoader):
 class IterableLoader(StreamLoader):
     """The `StreamLoader` of an iterable dataset: it reads each update ahead."""
 
-    nothing = "train_dataset: it gave no rows"
+    no_rows = "train_dataset: it gave no rows"
 
     def __init__(self, data: "DatasetModule") -> None:
         super().__init__(data.stream, data.layout, cast("Any", data.collate), trained=lambda: data.loop.global_step)
