@@ -54,7 +54,8 @@ def train(args: argparse.Namespace) -> None:
             was_writing = thread is not None and thread.is_alive()
             if trainer.global_step % self.every:
                 updates["writing" if was_writing else "quiet"].append(start - self.update_begun)
-            begun["last"] = start
+            if is_saving:
+                begun["last"] = start
             super().on_train_batch_end(trainer, *rest)
             if is_saving:
                 pauses.append(time.perf_counter() - start)
