@@ -275,16 +275,12 @@ class Clock:
         """What was logged is given by its name, and its last value as well: `losses` and `last losses`."""
         later = sum(self.units[1:])
         last = {f"last {name}": values[-1] for name, values in self.logged.items()}
-        return (
-            vars(self)
-            | self.logged
-            | last
-            | {
-                "loop": later / (self.ends[-1] - self.ends[0]),
-                "per_cpu": later / (self.processor[-1] - self.processor[0]),
-                "over_all": sum(self.units) / (self.beforehand + self.ends[-1] - self.begun),
-            }
-        )
+        rates = {
+            "loop": later / (self.ends[-1] - self.ends[0]),
+            "per_cpu": later / (self.processor[-1] - self.processor[0]),
+            "over_all": sum(self.units) / (self.beforehand + self.ends[-1] - self.begun),
+        }
+        return vars(self) | self.logged | last | rates
 
 
 def our_watch(clock: Clock, **metrics: str) -> Any:
