@@ -14,7 +14,6 @@ on disk (`random`), where the first rank draws all of them.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from contenders import processor
 
 CASES = ("parts", "every rank", "random", "random, every rank")
 
@@ -159,7 +160,7 @@ def main() -> None:
         print(
             f"Llama of {billions:.2f}e9 parameters, saved in bfloat16, {4 * billions:.1f} GB in float32, "
             f"{args.ranks} processes; "
-            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, "
+            f"{processor()}, {os.cpu_count()} cores, torch {version('torch')}, "
             f"transformers {version('transformers')}, lightning {version('lightning')}"
         )
         print(
@@ -168,8 +169,11 @@ def main() -> None:
         )
         for case in args.cases:
             command = [sys.executable, __file__, "--case", case, "--folder", str(folder), "--ranks", str(args.ranks)]
-            environment = os.environ | {"OUMI_PL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-            environment |= {"OMP_NUM_THREADS": "1"}
+            environment = os.environ | {
+                "OUMI_PL_CACHE": str(folder / "cache"),
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+            }
             for old in folder.glob("[0-9]*.json"):
                 old.unlink()
             subprocess.run(command, check=True, env=environment, capture_output=True)

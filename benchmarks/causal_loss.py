@@ -10,7 +10,6 @@ memory on a CPU, allocated memory on CUDA).
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from contenders import processor
 from torch import Tensor, nn
 
 Way = Callable[[Tensor, Tensor, nn.Linear], Tensor]
@@ -112,11 +112,7 @@ def measure(way: str, args: argparse.Namespace) -> dict[str, float]:
 def hardware(args: argparse.Namespace) -> str:
     if args.device == "cuda":
         return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores, {args.threads} thread(s)"
+    return f"{processor()}, {os.cpu_count()} cores, {args.threads} thread(s)"
 
 
 def installed(package: str) -> str:

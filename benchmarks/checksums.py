@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packing import processor
+from contenders import processor
 
 from oumi_pl.data import shards
 from oumi_pl.data.documents import Document

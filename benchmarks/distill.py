@@ -11,34 +11,34 @@ float32, a constant learning rate and gradient checkpointing, which is off for a
 included, padding not.
 
 The run stops if losses differ, but for the top 64, where all other tokens are one outcome: there the loss is another.
-How rates and memory are measured: `contenders.py`.
+What is computed beforehand is the top 64 of all rows; loading the teacher isn't timed. How rates and memory are
+measured: `contenders.py`.
 """
 
 import argparse
-import gzip
 import json
-import time
 from collections.abc import Iterator
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from contenders import (
     BATCH,
-    EMPTY,
     LLAMA,
-    LR,
-    MAX_LENGTH,
-    PAIRS,
-    TOKENIZER,
-    TRL,
     Benchmark,
     Clock,
     Result,
-    check,
+    adamw,
     lightning_trainer,
+    our_data,
+    our_watch,
     pair_arguments,
+    pair_lines,
+    planned_ids,
+    trl_counted,
+    trl_data,
+    trl_settings,
+    trl_watch,
+    write_tokenized,
 )
 
 BETA, TOP_K = 0.5, 64
@@ -52,23 +52,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write(args: argparse.Namespace, folder: Path) -> str:
-    """Copies dialogues as prompts and completions."""
-    check(args, pairs=PAIRS, tokenizer=TOKENIZER)
-    with gzip.open(args.pairs, "rt") as lines:
-        texts = [json.loads(line)["chosen"] for line in lines if not EMPTY.search(line)]
+    """Copies dialogues as prompts and completions, and links the tokenizer."""
+    n = BATCH * args.steps
     with (folder / "rows.jsonl").open("w") as out:
-        for text in islice(texts, BATCH * args.steps):
-            prompt, mark, answer = text.rpartition("\n\nAssistant:")
+        for line in pair_lines(args, n):
+            prompt, mark, answer = json.loads(line)["chosen"].rpartition("\n\nAssistant:")
             out.write(json.dumps({"prompt": prompt + mark, "completion": answer}) + "\n")
     (folder / "tokenizer").symlink_to(args.tokenizer.resolve())
-    return f"{BATCH * args.steps} rows, {args.steps} updates"
-
-
-def our_data(folder: Path) -> Any:
-    from oumi_pl.data.sft import SFTData
-
-    names = {"tokenizer": str(folder / "tokenizer"), "template": "plain"}
-    return SFTData(str(folder / "rows.jsonl"), **names, max_length=MAX_LENGTH, batch_size=BATCH, seed=0)
+    return f"{n} rows, {args.steps} updates"
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
@@ -76,92 +67,54 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from oumi_pl.data.sft import SFTData
+
     torch.manual_seed(0)
     for name, shape in (("student", LLAMA), ("teacher", TEACHER | {"initializer_range": 0.1})):
         LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / name)
-    data = our_data(folder)
-    data.prepare_data()
-    data.setup("fit")
+    data = our_data(SFTData, folder / "rows.jsonl")
     rows = []
-    for i in data.plan(0).example_ids:
-        example = data.examples("train")[int(i)]
+    for i in planned_ids(data):
+        example = data.examples("train")[i]
         end = int(example.loss_mask.nonzero()[0][-1]) + 1
         mask = example.loss_mask[:end].astype(int).tolist()
         rows.append({"prompt": "", "input_ids": example.input_ids[:end].tolist(), "completion_mask": mask})
         assert sum(mask) == example.target_tokens == end - mask.index(1)
-    (folder / "tokenized.json").write_text(json.dumps(rows))
+    write_tokenized(folder, rows)
 
 
 def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, top_k: int | None) -> Result:
-    import lightning as L
-    import torch
-
+    from oumi_pl.data.sft import SFTData
     from oumi_pl.losses.distillation import JSD
-    from oumi_pl.modules.distill import Distill
+    from oumi_pl.modules import distill
 
     clock = Clock()
-
-    class Timed(Distill):
-        def begin_fit(self) -> None:
-            start = time.perf_counter()
-            super().begin_fit()  # where the teacher is opened, or its distributions are computed
-            clock.beforehand = time.perf_counter() - start
-
-    class Watch(L.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            clock.begin()
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            clock.end(int(pl_module.last_update["tokens"]))
-            clock.losses.append(float(trainer.callback_metrics["train/loss"]))
-
-    trainer = lightning_trainer(clock, scratch, Watch())
-    module = Timed(
+    distill.precompute = clock.before(distill.precompute)  # without loading the teacher, which isn't timed for TRL
+    trainer = lightning_trainer(clock, scratch, our_watch(clock))
+    module = distill.Distill(
         str(folder / "student"),
         teacher=str(folder / "teacher"),
         top_k=top_k,
         divergence=JSD(BETA),
-        optimizer=partial(torch.optim.AdamW, lr=LR, weight_decay=0.0),
+        optimizer=adamw(),
     )
-    trainer.fit(module, our_data(folder))
+    trainer.fit(module, our_data(SFTData, folder / "rows.jsonl"))
     return clock.result() | {"top_k": top_k}
 
 
 def run_trl(args: argparse.Namespace, folder: Path, scratch: Path) -> Result:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    clock, tokens = Clock(), []
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.end(sum(tokens))
-            tokens.clear()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs:
-                clock.losses.append(logs["loss"])
-
-    class Counted(GKDTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            tokens.append(int(inputs["attention_mask"].sum()))
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    settings = TRL | {"per_device_train_batch_size": BATCH, "max_length": MAX_LENGTH}
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    clock, data = Clock(), trl_data(folder)
+    tokenizer = data["processing_class"]
     tokenizer.pad_token = tokenizer.eos_token
-    trainer = Counted(
+    trainer = trl_counted(GKDTrainer, clock)(
         model=str(folder / "student"),
         teacher_model=str(folder / "teacher"),
-        args=GKDConfig(output_dir=str(scratch / "trl"), lmbda=0.0, beta=BETA, **settings),
-        train_dataset=Dataset.from_list(json.loads((folder / "tokenized.json").read_text())),
-        processing_class=tokenizer,
-        callbacks=[Watch()],
+        args=GKDConfig(lmbda=0.0, beta=BETA, **trl_settings(scratch)),
+        callbacks=[trl_watch(clock)],
+        **data,
     )
     trainer.train()
     return clock.result()
@@ -182,4 +135,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    Benchmark(__file__, __doc__, "tokens", (BASE,), CASES, arguments, write, prepare, differences).main()
+    Benchmark(
+        file=__file__,
+        description=__doc__,
+        unit="tokens",
+        peers=(BASE,),
+        cases=CASES,
+        arguments=arguments,
+        write=write,
+        prepare=prepare,
+        differences=differences,
+    ).main()

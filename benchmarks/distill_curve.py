@@ -18,15 +18,14 @@ import argparse
 import copy
 import csv
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from contenders import versions
 
 from oumi_pl.config.files import check, find, trained
 
@@ -121,9 +120,7 @@ def main() -> None:
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where the teacher is, or is trained")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the picture")
     args = parser.parse_args()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    machine = platform.processor() or platform.machine()
-    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
+    print(versions(("torch", "transformers", "lightning"), args.threads))
     teacher = trained("quickstart/pretrain", args.runs_dir, "teacher").resolve()
     curves: dict[str, list[Curve]] = {}
     rates: dict[str, float] = {}

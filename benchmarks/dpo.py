@@ -16,10 +16,7 @@ the reference. How rates and memory are measured: `contenders.py`.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +25,26 @@ from contenders import (
     COLUMNS,
     LLAMA,
     LOSS,
-    LR,
-    MAX_LENGTH,
     SHAPES,
-    TRL,
     Benchmark,
     Clock,
     Column,
     Result,
+    adamw,
     far,
     lightning_trainer,
+    our_data,
+    our_watch,
     pair_arguments,
-    saved_tokens,
+    planned_ids,
+    save_llama,
+    saved_positions,
+    trl_data,
+    trl_settings,
+    trl_watch,
+    trl_with_reference,
     write_pairs,
+    write_tokenized,
 )
 
 NEAR = {("losses", 0): 1e-3, ("losses", -1): 1e-2}
@@ -59,35 +63,15 @@ def write(args: argparse.Namespace, folder: Path) -> str:
     return f"{BATCH * args.steps} pairs, {args.steps} updates; Llama {args.shape}"
 
 
-class PairClock(Clock):
-    """With the log-probabilities of chosen responses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logps: list[float] = []
-
-
-def our_data(folder: Path) -> Any:
-    from oumi_pl.data.dpo import DPOData
-
-    # GPT-2's tokenizer has no chat template, and the plain one adds no token
-    names = {"tokenizer": str(folder / "tokenizer"), "template": "plain"}
-    return DPOData(str(folder / "pairs.jsonl"), **names, max_length=MAX_LENGTH, batch_size=BATCH, seed=0)
-
-
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Makes the model, and for TRL the pairs as we tokenize them, in the order of our plan."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from oumi_pl.data.dpo import DPOData
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**LLAMAS[args.shape])).save_pretrained(folder / "model")
-    data = our_data(folder)
-    data.prepare_data()
-    data.setup("fit")
+    save_llama(folder, LLAMAS[args.shape])
+    data = our_data(DPOData, folder / "pairs.jsonl")
     rows = []
-    for i in data.plan(0).example_ids:
-        pair = data.examples("train")[int(i)]
+    for i in planned_ids(data):
+        pair = data.examples("train")[i]
         first, second = pair.segments  # the prompt with the chosen response, and the rejected one
         prompt, rejected = second.shared, first.length
         row = {"prompt_ids": pair.input_ids[:prompt].tolist()}
@@ -98,93 +82,44 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
             assert pair.loss_mask[start : start + targets].all()
             row[name] = pair.input_ids[start : start + targets].tolist()
         rows.append(row)
-    (folder / "tokenized.json").write_text(json.dumps(rows))
+    write_tokenized(folder, rows)
 
 
 def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
-    import lightning as L
-    import torch
-
     from oumi_pl.callbacks.advice import PreferenceWarnings
+    from oumi_pl.data.dpo import DPOData
     from oumi_pl.modules.dpo import DPO
 
-    clock = PairClock()
+    clock = Clock(BATCH)
 
     class Timed(DPO):
-        def begin_fit(self) -> None:
-            start = time.perf_counter()
-            super().begin_fit()  # where the reference is computed
-            clock.beforehand = time.perf_counter() - start
+        begin_fit = clock.before(DPO.begin_fit)  # where the reference is computed
 
-    class Watch(L.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            clock.begin()
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            clock.end(BATCH)
-            clock.losses.append(float(trainer.callback_metrics["train/loss"]))
-            clock.logps.append(float(trainer.callback_metrics["train/logps/chosen"]))
-            clock.positions += int(pl_module.last_update["positions"])  # prompts as often as they are computed
-            clock.tokens += int(pl_module.last_update["tokens"])
-
-    trainer = lightning_trainer(clock, scratch, PreferenceWarnings(), Watch())
-    adamw = partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
-    module = Timed(str(folder / "model"), optimizer=adamw, **options)
-    trainer.fit(module, our_data(folder))
+    watch = our_watch(clock, logps="train/logps/chosen")
+    trainer = lightning_trainer(clock, scratch, PreferenceWarnings(), watch)
+    module = Timed(str(folder / "model"), optimizer=adamw(), **options)
+    trainer.fit(module, our_data(DPOData, folder / "pairs.jsonl"))
     return clock.result()
 
 
 def run_trl(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    clock = PairClock()
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.end(BATCH)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs:
-                clock.losses.append(logs["loss"])
-                clock.logps.append(logs["logps/chosen"])
-
-    class Timed(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # the pairs are tokenized
-
-        def _precompute_ref_logps(self, *args: Any) -> Any:
-            start = time.perf_counter()
-            dataset = super()._precompute_ref_logps(*args)
-            clock.beforehand += time.perf_counter() - start
-            return dataset
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            clock.positions += inputs["input_ids"].numel()
-            clock.tokens += int(inputs["attention_mask"].sum())
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    settings = TRL | options
-    settings |= {"per_device_train_batch_size": BATCH, "max_length": MAX_LENGTH}
-    trainer = Timed(
+    clock = Clock(BATCH)
+    trainer = trl_with_reference(DPOTrainer, clock)(
         model=str(folder / "model"),
-        args=DPOConfig(output_dir=str(scratch / "trl"), **settings),
-        train_dataset=Dataset.from_list(json.loads((folder / "tokenized.json").read_text())),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        callbacks=[Watch()],
+        args=DPOConfig(**trl_settings(scratch, **options)),
+        callbacks=[trl_watch(clock, logps="logps/chosen")],
+        **trl_data(folder),
     )
     trainer.train()
     return clock.result()
 
 
 def differences(one: Result, two: Result) -> Iterator[str]:
-    """Losses, and the log-probabilities under the first one, which is log 2 for every model."""
-    nats = NEAR["losses", 0] * abs(two["logps"][0])
-    return far(one, two, NEAR | {("logps", 0): nats})
+    """Compares losses, and also log-probabilities in the first update, where the loss is log 2 for any model."""
+    tolerance = NEAR["losses", 0] * abs(two["logps"][0])
+    return far(one, two, NEAR | {("logps", 0): tolerance})
 
 
 BASE, PRECOMPUTED = "TRL", "TRL, precomputed"
@@ -195,8 +130,19 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "oumi_pl, prompts twice": (run_ours, {"share_prompt": False}),
     "oumi_pl, online": (run_ours, {"reference": "online"}),
 }
-TABLE = COLUMNS | {"positions": Column("tokens", ",", 0)} | LOSS
+TABLE = COLUMNS | {"positions": Column("positions", ",", 0)} | LOSS
 
 if __name__ == "__main__":
-    data = (arguments, write, prepare, differences)
-    Benchmark(__file__, __doc__, "pairs", (BASE, PRECOMPUTED), CASES, *data, columns=TABLE, closing=saved_tokens).main()
+    Benchmark(
+        file=__file__,
+        description=__doc__,
+        unit="pairs",
+        peers=(BASE, PRECOMPUTED),
+        cases=CASES,
+        arguments=arguments,
+        write=write,
+        prepare=prepare,
+        differences=differences,
+        columns=TABLE,
+        closing=saved_positions,
+    ).main()

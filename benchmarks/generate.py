@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from contenders import processor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oumi_pl.__main__ import main as oumi_pl
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, ",
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, ",
         end="",
     )
     print(f"transformers {transformers.__version__}; {options.rows} rows, {options.new} new tokens")

@@ -15,15 +15,14 @@ import argparse
 import contextlib
 import io
 import os
-import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from contenders import versions
 from grpo_curve import RECIPE, START, Curve, column
 
 from oumi_pl.__main__ import main as command_line
@@ -120,9 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the picture")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    machine = platform.processor() or platform.machine()
-    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
+    print(versions(("torch", "transformers", "lightning"), args.threads))
     student, teacher = (trained(name, args.runs_dir, "model").resolve() for name in (START, RECIPE))
     name = "val/exact_match"
     print(f"greedy: student {last(student, name):.1%}, teacher {last(teacher, name):.1%}", flush=True)

@@ -31,8 +31,14 @@ from oumi_pl.planning.update import Settings, estimate
 WARMUP = 3
 OPTIMIZER = {"class_path": "AdamW", "init_args": {"lr": 1e-5, "weight_decay": 0.0}}
 BYTES = {"class_path": "ByteTokenizer"}
-SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL |= {"num_key_value_heads": 2, "vocab_size": 512}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 COLUMNS = {
     "tokens_per_second": ("tokens/s", 12, "12,.0f"),
@@ -54,10 +60,16 @@ def config_of(shape: str, small: bool) -> dict[str, Any]:
 def recipes(folder: Path, small: bool, steps: int) -> dict[str, dict[str, Any]]:
     """Name -> recipe."""
     length, rows = (64, 2) if small else (2048, 8)
-    trainer = {"max_steps": steps, "gradient_clip_val": 1.0, "devices": 1}
-    trainer |= {} if small else {"precision": "bf16-true"}
-    quiet: dict[str, Any] = {"checkpoint": {"enabled": False}, "export": {"enabled": False}, "report": False}
-    quiet |= {"samples": {"rows": 0}, "val_every": None, "seed_everything": 0}
+    precision = {} if small else {"precision": "bf16-true"}
+    trainer = {"max_steps": steps, "gradient_clip_val": 1.0, "devices": 1} | precision
+    quiet: dict[str, Any] = {
+        "checkpoint": {"enabled": False},
+        "export": {"enabled": False},
+        "report": False,
+        "samples": {"rows": 0},
+        "val_every": None,
+        "seed_everything": 0,
+    }
 
     def recipe(kind: str, data: str, file: str, model: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         data_args = {"train": str(folder / file), "tokenizer": BYTES, "max_length": length, "batch_size": rows}

@@ -15,16 +15,15 @@ losses and gradients are equal on equal completions is asserted in `tests/parity
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from contenders import (
     DATA,
     LLAMA,
-    LR,
     MEMORY,
     TEXTS,
     TOKENIZER,
@@ -33,9 +32,12 @@ from contenders import (
     Clock,
     Column,
     Result,
-    check,
+    adamw,
+    check_files,
+    check_steps,
     common_arguments,
     lightning_trainer,
+    save_llama,
 )
 
 PROMPTS, GROUP, TOKENS = 2, 8, 128
@@ -62,13 +64,13 @@ class GRPOClock(Clock):
 
         return call
 
-    def end(self, units: int = 1) -> None:
-        super().end(units)
+    def end(self) -> None:
+        super().end()
         self.generating.append((sum(wall for wall, _ in self.calls), sum(cpu for _, cpu in self.calls)))
         self.calls = []
 
     def result(self) -> Result:
-        """Seconds per update. What ended first is the start of training, so the first update isn't counted."""
+        """Seconds per update. The first end is the start of training, so the first update is counted too."""
         updates = len(self.ends) - 1
         result: Result = {"tokens": self.tokens, "baseline": self.baseline}
         for i, (suffix, ends) in enumerate({"": self.ends, "_cpu": self.processor}.items()):
@@ -85,7 +87,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def write(args: argparse.Namespace, folder: Path) -> str:
     """Links the tokenizer."""
-    check(args, texts=TEXTS, tokenizer=TOKENIZER)
+    check_steps(args, 0)
+    check_files(args, texts=TEXTS, tokenizer=TOKENIZER)
     (folder / "tokenizer").symlink_to(args.tokenizer.resolve())
     return f"{args.steps} updates of {PROMPTS} prompts x {GROUP} completions, {TOKENS} tokens each"
 
@@ -96,25 +99,25 @@ def reward(completion: str, row: Any) -> float:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Makes the model, and prompts of exactly so many tokens."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Makes the model, and prompts of exactly `TOKENS` tokens."""
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "model")
+    save_llama(folder, LLAMA)
+    wanted = PROMPTS * args.steps
     encoder, prompts, ids = AutoTokenizer.from_pretrained(args.tokenizer), [], []
     for line in args.texts.read_text().splitlines():
         ids += encoder(" ".join(json.loads(line).values()))["input_ids"]
-        while len(ids) >= TOKENS and len(prompts) < PROMPTS * args.steps:
+        while len(ids) >= TOKENS and len(prompts) < wanted:
             text, ids = encoder.decode(ids[:TOKENS]), ids[TOKENS:]
             if len(encoder(text)["input_ids"]) == TOKENS:
                 prompts.append(text)
+    if len(prompts) < wanted:
+        sys.exit(f"{args.texts} gives {len(prompts)} prompts of {TOKENS} tokens, and this run takes {wanted}")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
     import lightning as L
-    import torch
 
     from oumi_pl.core.recipe.formats import prompt
     from oumi_pl.data.rollouts import RolloutData
@@ -138,7 +141,6 @@ def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: A
             clock.tokens += int(pl_module.last_update["targets"])
 
     trainer = lightning_trainer(clock, scratch, Watch())
-    adamw = partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
     data = RolloutData(
         Source(str(folder / "prompts.jsonl"), format=prompt),
         tokenizer=str(folder / "tokenizer"),
@@ -152,7 +154,7 @@ def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: A
         seed=0,
     )
     data.engine.sample = clock.timed(data.engine.sample)  # type: ignore[method-assign]
-    trainer.fit(GRPO(str(folder / "model"), loss=DAPOLoss(0.2, 0.2), optimizer=adamw, **options), data)
+    trainer.fit(GRPO(str(folder / "model"), loss=DAPOLoss(0.2, 0.2), optimizer=adamw(), **options), data)
     return clock.result()
 
 
@@ -178,9 +180,14 @@ def run_trl(args: argparse.Namespace, folder: Path, scratch: Path) -> Result:
     def rewards(completions: list[str], **_: Any) -> list[float]:
         return [reward(completion, None) for completion in completions]
 
-    settings = {key: value for key, value in TRL.items() if key != "train_sampling_strategy"}
-    settings |= {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP}
-    settings |= {"max_completion_length": TOKENS, "temperature": 1.0, "loss_type": "dapo", "disable_dropout": True}
+    settings = {key: value for key, value in TRL.items() if key != "train_sampling_strategy"} | {
+        "per_device_train_batch_size": PROMPTS * GROUP,
+        "num_generations": GROUP,
+        "max_completion_length": TOKENS,
+        "temperature": 1.0,
+        "loss_type": "dapo",
+        "disable_dropout": True,
+    }
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     trainer = Counted(
         model=str(folder / "model"),
@@ -208,14 +215,24 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "oumi_pl": (run_ours, {}),
     "oumi_pl, prompts 8 times": (run_ours, {"share_prompt": False}),
 }
-TABLE = {
+SECONDS = {
     f"{what}{suffix}": Column(title, ratio=-1)
     for what, short in (("generating", "generate s"), ("training", "train s"), ("update", "update s"))
     for suffix, title in (("", short), ("_cpu", "CPU s"))
 }
-TABLE |= MEMORY | {"tokens": Column("tokens", ",", 0)}
+TABLE = SECONDS | MEMORY | {"tokens": Column("tokens", ",", 0)}
 
 if __name__ == "__main__":
-    data = (arguments, write, prepare, differences)
-    compared = "{peer} as a multiple; memory as a share of {peer}'s"
-    Benchmark(__file__, __doc__, "", (BASE,), CASES, *data, columns=TABLE, compared=compared).main()
+    Benchmark(
+        file=__file__,
+        description=__doc__,
+        unit="",
+        peers=(BASE,),
+        cases=CASES,
+        arguments=arguments,
+        write=write,
+        prepare=prepare,
+        differences=differences,
+        columns=TABLE,
+        compared="{peer} as a multiple; memory as a share of {peer}'s",
+    ).main()

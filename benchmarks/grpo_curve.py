@@ -12,12 +12,12 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+
+from contenders import versions
 
 START, RECIPE = "quickstart/grpo_start", "quickstart/grpo"
 EVERY = 5
@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the picture")
     args = parser.parse_args()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    machine = platform.processor() or platform.machine()
-    print(f"{versions}, python {platform.python_version()}; {machine}, {args.threads} threads")
+    print(versions(("torch", "transformers", "lightning"), args.threads))
     print(f"{'seed':>4}  {'sampled':>14}  {'greedy':>14}  updates until greedy answers stay above {TARGET:.0%}")
     runs = []
     for seed in range(1, args.seeds + 1):

@@ -12,10 +12,7 @@ computed beforehand is the reference. How rates and memory are measured: `conten
 """
 
 import argparse
-import json
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +21,29 @@ from contenders import (
     COLUMNS,
     LLAMA,
     LOSS,
-    LR,
-    MAX_LENGTH,
-    TRL,
     Benchmark,
     Clock,
     Column,
     Result,
+    adamw,
     far,
     lightning_trainer,
+    our_data,
+    our_watch,
     pair_arguments,
+    planned_ids,
+    save_llama,
+    trl_data,
+    trl_settings,
+    trl_watch,
+    trl_with_reference,
     write_pairs,
+    write_tokenized,
 )
 
 NEAR = {("losses", 0): 1e-4, ("losses", -1): 1e-2, ("kls", 1): 1e-2}
 """By how much losses and divergences may differ: an update's rounding errors grow from one to the next."""
+OVERFLOW = "keep_start"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,37 +56,15 @@ def write(args: argparse.Namespace, folder: Path) -> str:
     return f"{BATCH * args.steps} rows, {args.steps} updates"
 
 
-class KTOClock(Clock):
-    """With the divergences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kls: list[float] = []
-
-    def result(self) -> Result:
-        return super().result() | {"kl": self.kls[-1]}
-
-
-def our_data(folder: Path) -> Any:
-    from oumi_pl.data.kto import KTOData
-
-    # GPT-2's tokenizer has no chat template, and the plain one adds no token
-    names = {"tokenizer": str(folder / "tokenizer"), "template": "plain", "overflow": "keep_start"}
-    return KTOData(str(folder / "pairs.jsonl"), **names, max_length=MAX_LENGTH, batch_size=BATCH, seed=0)
-
-
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Makes the model, and for TRL the rows as we tokenize them, in the order of our plan."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from oumi_pl.data.kto import KTOData
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "model")
-    data = our_data(folder)
-    data.prepare_data()
-    data.setup("fit")
-    rows, examples = [], data.examples("train")
-    for i in data.plan(0).example_ids:
+    save_llama(folder, LLAMA)
+    data = our_data(KTOData, folder / "pairs.jsonl", overflow=OVERFLOW)
+    rows, ids = [], planned_ids(data)
+    examples = data.examples("train")
+    for i in ids:
         example, mismatched = (examples[int(k)] for k in (i, data.mismatched_ids("train", [i])[0]))
         border = int(example.loss_mask.argmax())
         row = {"prompt_ids": example.input_ids[:border].tolist(), "label": example.fields["desirable"] == 1.0}
@@ -90,89 +73,42 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
             row[name] = one.input_ids[border : border + one.target_tokens].tolist()
             assert one.loss_mask[border : border + one.target_tokens].all()
         rows.append(row)
-    (folder / "tokenized.json").write_text(json.dumps(rows))
+    write_tokenized(folder, rows)
 
 
 def run_ours(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
-    import lightning as L
-    import torch
-
     from oumi_pl.callbacks.advice import PreferenceWarnings
+    from oumi_pl.data.kto import KTOData
     from oumi_pl.modules.kto import KTO
 
-    clock = KTOClock()
+    clock = Clock(BATCH)
 
     class Timed(KTO):
-        def begin_fit(self) -> None:
-            start = time.perf_counter()
-            super().begin_fit()  # where the reference is computed
-            clock.beforehand = time.perf_counter() - start
+        begin_fit = clock.before(KTO.begin_fit)  # where the reference is computed
 
-    class Watch(L.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            clock.begin()
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            clock.end(BATCH)
-            clock.losses.append(float(trainer.callback_metrics["train/loss"]))
-            clock.kls.append(float(trainer.callback_metrics["train/kl"]))
-            clock.tokens += int(pl_module.last_update["tokens"])
-
-    trainer = lightning_trainer(clock, scratch, PreferenceWarnings(), Watch())
-    adamw = partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
-    module = Timed(str(folder / "model"), optimizer=adamw, **options)
-    trainer.fit(module, our_data(folder))
+    watch = our_watch(clock, kls="train/kl")
+    trainer = lightning_trainer(clock, scratch, PreferenceWarnings(), watch)
+    module = Timed(str(folder / "model"), optimizer=adamw(), **options)
+    trainer.fit(module, our_data(KTOData, folder / "pairs.jsonl", overflow=OVERFLOW))
     return clock.result()
 
 
 def run_trl(args: argparse.Namespace, folder: Path, scratch: Path, **options: Any) -> Result:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
     from trl import KTOConfig, KTOTrainer
 
-    clock = KTOClock()
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.end(BATCH)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in logs:
-                clock.losses.append(logs["loss"])
-                clock.kls.append(logs["kl"])
-
-    class Timed(KTOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # the rows are tokenized
-
-        def _precompute_ref_logps(self, *args: Any) -> Any:
-            start = time.perf_counter()
-            dataset = super()._precompute_ref_logps(*args)
-            clock.beforehand += time.perf_counter() - start
-            return dataset
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            clock.tokens += int(inputs["attention_mask"].sum())
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    settings = TRL | options
-    settings |= {"per_device_train_batch_size": BATCH, "max_length": MAX_LENGTH}
-    trainer = Timed(
+    clock = Clock(BATCH)
+    trainer = trl_with_reference(KTOTrainer, clock)(
         model=str(folder / "model"),
-        args=KTOConfig(output_dir=str(scratch / "trl"), **settings),
-        train_dataset=Dataset.from_list(json.loads((folder / "tokenized.json").read_text())),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        callbacks=[Watch()],
+        args=KTOConfig(**trl_settings(scratch, **options)),
+        callbacks=[trl_watch(clock, kls="kl")],
+        **trl_data(folder),
     )
     trainer.train()
     return clock.result()
 
 
 def differences(one: Result, two: Result) -> Iterator[str]:
-    """Losses and divergences. (Before the second update, every model's loss is 0.5.)"""
+    """Compares losses and divergences. (Before the second update, every model's loss is 0.5.)"""
     return far(one, two, NEAR)
 
 
@@ -183,8 +119,18 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "oumi_pl": (run_ours, {}),
     "oumi_pl, online": (run_ours, {"reference": "online"}),
 }
-TABLE = COLUMNS | {"tokens": Column("tokens", ",", 0)} | LOSS | {"kl": Column("last kl", ".4f", 0)}
+TABLE = COLUMNS | {"tokens": Column("tokens", ",", 0)} | LOSS | {"last kls": Column("last kl", ".4f", 0)}
 
 if __name__ == "__main__":
-    data = (arguments, write, prepare, differences)
-    Benchmark(__file__, __doc__, "rows", (BASE, PRECOMPUTED), CASES, *data, columns=TABLE).main()
+    Benchmark(
+        file=__file__,
+        description=__doc__,
+        unit="rows",
+        peers=(BASE, PRECOMPUTED),
+        cases=CASES,
+        arguments=arguments,
+        write=write,
+        prepare=prepare,
+        differences=differences,
+        columns=TABLE,
+    ).main()

@@ -9,12 +9,12 @@ rows on their own; `whole` gives it all rows at once, as ours always has them.
 import argparse
 import platform
 import time
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import trl
+from contenders import processor
 from trl.data_utils import pack_dataset
 
 from oumi_pl.data.plan import pack
@@ -40,12 +40,6 @@ def theirs(lengths: np.ndarray, capacity: int, batch_size: int) -> tuple[float, 
     start = time.perf_counter()
     packed = pack_dataset(dataset, capacity, strategy="bfd", map_kwargs={"batch_size": batch_size})
     return time.perf_counter() - start, len(packed)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

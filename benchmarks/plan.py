@@ -204,6 +204,7 @@ def main() -> None:
     """Prints the table."""
     import torch
     import yaml
+    from contenders import processor
 
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores of {processor()}")
     print("MB at the peak of rank 0, planned on fake tensors and measured in a real run; seconds of a core per plan\n")
@@ -225,12 +226,6 @@ def main() -> None:
             sizes = f"{plan['peak'] / 1e6:8.1f} {run['peak'] / 1e6:8.1f} {errors[-1]:+7.1%} {run['rss'] / 1e6:6.0f}"
             print(f"{name.strip():46}{ranks:5} {sizes} {plan['seconds']:4.1f} s", flush=True)
     print(f"\nlargest error {max(errors, key=abs):+.1%} over {len(errors)} configurations")
-
-
-def processor() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

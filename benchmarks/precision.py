@@ -3,22 +3,20 @@
     python benchmarks/precision.py [--rows train.jsonl] [--tokenizer FOLDER] [--steps 12] [--threads 2] [--shape 135m]
 
 Each precision trains the same random Llama of `sft.py` on the same packed rows in the same order, in a process of its
-own, one after the other. With 100 updates or more, float32 is run with a second order of the rows as well: how far the
-losses of two such runs are apart says what a difference between precisions means. They are compared as means of 20
-updates over the second half of the runs. It needs a CPU that multiplies bfloat16 (avx512_bf16 or AMX).
+own, one after the other. Tokens per second are the median over the updates after the first three; `sft.py` divides all
+their tokens by all their time. With 100 updates or more, float32 is run with a second order of the rows as well: how
+far the losses of two such runs are apart says what a difference between precisions means. They are compared as means of
+20 updates over the second half of the runs. It needs a CPU that multiplies bfloat16 (avx512_bf16 or AMX).
 """
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from contenders import SHAPES, Result, child_arguments, contender, report
-from packing import processor
+from contenders import SHAPES, Result, check_steps, child_arguments, contender, report, versions
 from sft import LLAMA, MAX_LENGTH, WARMUP, prepare
 
 RUNS = {"32-true": ("32-true", 0), "bf16-mixed": ("bf16-mixed", 0), "bf16-true": ("bf16-true", 0)}
@@ -101,8 +99,8 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    print(f"{processor()}; python {platform.python_version()}, {versions}; {args.threads} threads; Llama {args.shape}")
+    check_steps(args, WARMUP)
+    print(f"{versions(('torch', 'transformers', 'lightning'), args.threads)}; Llama {args.shape}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args.rows, args.tokenizer)

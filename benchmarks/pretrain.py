@@ -13,16 +13,16 @@ rate at which the machine multiplies large float32 matrices.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from statistics import median
+
+from contenders import versions
 
 WARMUP = 3
 VOCABULARY = 8192
@@ -170,8 +170,7 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    print(f"{versions}, python {platform.python_version()}; {platform.machine()}, {args.threads} threads, float32")
+    print(versions(("torch", "transformers", "lightning"), args.threads) + ", float32")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "text.txt").write_text("".join(f"line {i * i % 7919} of many\n" for i in range(40_000)))

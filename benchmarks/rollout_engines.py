@@ -19,6 +19,8 @@ import time
 import urllib.request
 from types import SimpleNamespace
 
+from contenders import processor
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import numpy as np
@@ -149,7 +151,7 @@ def main() -> None:
     print(f"# python {' '.join(sys.argv)}")
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}, python "
-        f"{platform.python_version()}; {platform.machine()}, {os.cpu_count()} cores"
+        f"{platform.python_version()}; {processor()}, {os.cpu_count()} cores"
     )
     print(f"{options.prompts} prompts x {options.completions} completions of {options.tokens} tokens, {options.model}")
     print(f"{'':22}{'tokens/s':>10}{'per CPU s':>11}{'difference':>12}{'largest':>10}")

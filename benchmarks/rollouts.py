@@ -9,14 +9,13 @@ waiting is not.
 """
 
 import argparse
-import platform
 import time
-from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from contenders import versions
 
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.rollouts.continuous import ContinuousBatching
@@ -41,8 +40,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     policy = random_policy(options.hidden, options.layers)
     weights = sum(parameter.numel() for parameter in policy.causal_lm.hf.parameters())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    print(f"{versions}, python {platform.python_version()}; {platform.machine()}, {options.threads} threads")
+    print(versions(("torch", "transformers"), options.threads))
     print(f"{weights:,} weights, {PROMPTS} prompts x {MEMBERS} completions; median of {options.repeats}")
     print(f"{'':66}{'generate s':>12}{'continuous s':>14}{'ratio':>8}{'tokens':>9}{'longest':>9}")
     for name, case in CASES.items():

@@ -12,15 +12,15 @@ nothing is saved and while a checkpoint is being written in the background.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from contenders import versions
 
 SAVES = 3
 
@@ -139,8 +139,7 @@ def main() -> None:
     if args.rank_count:
         train(args)
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
+    print(f"{versions(('torch', 'lightning', 'transformers'))}, {os.cpu_count()} cores")
     print(
         f"{'':34}{'checkpoint GB':>14}{'pause s':>9}{'largest':>9}{'on disk after s':>17}{'copy GB':>9}"
         f"{'update s, quiet':>17}{'writing':>9}"

@@ -5,8 +5,9 @@
 Each engine trains the same random Llama (17m: 4 layers x 256; 135m: the shape of SmolLM2; both with a vocabulary of
 GPT-2's size) on the same prompt/completion rows with the same tokenizer, in a process of its own: `packed`, or
 `padded`, which means eight rows a step without packing: TRL pads them, ours computes them side by side. Tokens per
-second are of the steps after the first three, waiting for data included; memory is the process's peak. TRL's defaults
-recompute activations in the backward pass; ours is measured with recomputation as well.
+second are all tokens of the steps after the first three, divided by the time of these steps, waiting for data
+included; memory is the process's peak. TRL's defaults recompute activations in the backward pass; ours is measured with
+recomputation as well.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from contenders import SHAPES, VOCABULARY, Result, child_arguments, contender, report, versions
+from contenders import SHAPES, VOCABULARY, Result, check_steps, child_arguments, contender, report, versions
 
 WARMUP = 3
 MAX_LENGTH = 1024
@@ -182,7 +183,8 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    print(f"{versions(args.threads)}; Llama {args.shape}")
+    check_steps(args, WARMUP)
+    print(f"{versions(('torch', 'transformers', 'trl', 'lightning'), args.threads)}; Llama {args.shape}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder, args.rows, args.tokenizer)

@@ -17,16 +17,14 @@ time and disk.
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-from contenders import child_arguments, in_a_process, peak_memory, report
+from contenders import child_arguments, in_a_process, peak_memory, report, versions
 
 WORDS = ("tide", "port", "harbour", "moon", "water", "rises", "falls", "early", "late", "north", "because", "metres")
 
@@ -100,7 +98,7 @@ WAYS = {"ours": ours, "dataset.map, as TRL": theirs}
 
 
 def child(args: argparse.Namespace) -> None:
-    """Runs the way with so many processes that `main` names, "ours: 2"."""
+    """Runs the way with the number of processes that `main` names, "ours: 2"."""
     name, _, processes = args.child.partition(": ")
     wall, processor = timed(WAYS[name](args.folder / "rows.jsonl", args.tokenizer, int(processes)))
     report({"wall": wall, "processor": processor, "worker": peak_memory(resource.RUSAGE_CHILDREN)})
@@ -116,9 +114,8 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "tokenizers", "datasets"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")
-    print(f"python {platform.python_version()}, {versions}; {args.rows:,} rows\n")
+    used = versions(("trl", "transformers", "tokenizers", "datasets"))
+    print(f"{used}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}; {args.rows:,} rows\n")
     print("| way | processes | rows/s | rows/s of processor time | peak GB | of its largest worker |")
     print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
