@@ -123,7 +123,9 @@ def test_the_exported_folder_loads_with_its_head(work):
         assert again.threshold.weight.any()
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, id="full"), pytest.param({"r": 4}, id="lora", marks=pytest.mark.slow)]
+)
 def test_a_killed_and_resumed_run_is_bit_identical(work, lora):
     recipe = json.loads(json.dumps(RECIPE))
     if lora is not None:
