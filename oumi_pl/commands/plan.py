@@ -184,7 +184,7 @@ class Printer:
             + (", without the copies to and from host memory, and the step there" if result.offloaded else ""),
         )
         if result.left_out:
-            yield "left out", " and ".join(result.left_out) + ": their savings can't be planned without a card"
+            yield "left out", " and ".join(result.left_out) + ": what this saves can't be planned without a GPU"
 
     def fastest(self) -> int:
         """Searches the fastest layout that fits, and prints it; returns the exit code."""

@@ -291,7 +291,7 @@ def resume_arguments(
         )
     state = folders.read_state(run)
     checkpoint = folders.newest_checkpoint(run)
-    if resume == AUTO and state.get("status") == "finished" and not _longer(state, args):
+    if resume == AUTO and state.get("status") == "finished" and not _longer(state, args, config):
         raise NothingToDo(
             f"--resume auto: {run} is finished, at step {state.get('step', '?')}; to train it further: "
             f"{folders.how_to_extend(run, dict(state))}; to start a new run, leave --resume out"
@@ -407,9 +407,12 @@ def _is_first_rank() -> bool:
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def _longer(state: Mapping[str, Any], args: list[str]) -> list[str]:
-    """The options on a command line that extend a run."""
+def _longer(state: Mapping[str, Any], args: list[str], config: Path | None = None) -> list[str]:
+    """The options on a command line that extend a run; with its `config`, without those that it was run with."""
     more = [option for option in LONGER if value_of(option, args) is not None]
+    if config is not None:
+        own = check(config).get("trainer") or {}
+        more = [o for o in more if value_of(o, args) != str(own.get(o.removeprefix("--trainer.")))]
     if state.get("ended_by") == folders.TIME:
         more = [option for option in more if option == f"--{folders.TIME}"]
     return more

@@ -103,6 +103,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+ALLOCATING = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+"""Operations that read and write nothing."""
 NAMES = {
     c10d._allgather_base_.default: "all_gather",
     c10d.allgather_.default: "all_gather",
@@ -233,7 +235,8 @@ class Tracker(MemTracker):
 
     def _count_operation(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        if func.is_view or not tensors:
+        # operations of `prim` only ask for a device, and the others below allocate memory without writing to it
+        if func.is_view or func.namespace == "prim" or func._overloadpacket in ALLOCATING or not tensors:
             return
         count = FLOPS.get(func._overloadpacket)
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))

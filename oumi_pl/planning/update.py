@@ -126,6 +126,8 @@ def estimate(settings: Settings) -> Estimate:
             stack.enter_context(patch.dict(linear_head.CHUNK_ELEMENTS, cpu=linear_head.CHUNK_ELEMENTS["cuda"]))
             for of_cpus in (linear_head.COLUMNS, linear_head.BLOCK_ELEMENTS):
                 stack.enter_context(patch.dict(of_cpus, clear=True))
+            # on a CPU, attention computes in float32
+            stack.enter_context(patch("oumi_pl.attention.interface._low_precision", lambda query: None))
         try:
             return _Run(parts, settings).estimate()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -416,6 +416,7 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
     Raises:
         UserError: if there is none.
     """
+    _refuse_unreadable(root, name or recipe)
     own = _runs_of(root, recipe, name)
     unfinished = [run for run, state in own.items() if state.get("status") != "finished"]
     if not unfinished:
@@ -429,7 +430,12 @@ def last_unfinished(root: Path, recipe: str, name: str | None = None) -> Path:
 
 
 def last_run(root: Path, recipe: str, name: str) -> Path | None:
-    """The newest run of a recipe among the runs of a name: an unfinished one if there is one. None without any."""
+    """The newest run of a recipe among the runs of a name: an unfinished one if there is one. None without any.
+
+    Raises:
+        UserError: it can't be known, because the `run.json` of a run of that name can't be read.
+    """
+    _refuse_unreadable(root, name)
     own = _runs_of(root, recipe, name)
     unfinished = [run for run, state in own.items() if state.get("status") != "finished"]
     return next(reversed(unfinished or [*own]), None)
@@ -449,9 +455,23 @@ def last_model(root: Path, recipe: str) -> Path | None:
     return finished[-1] / "model" if finished else None
 
 
+def _refuse_unreadable(root: Path, name: str) -> None:
+    for run in all_runs(root):
+        if re.fullmatch(_numbered(name), run.name) and not read_state(run):
+            raise UserError(
+                f"--resume: {run / RUN} can't be read, so it is not known whether that run is to go on; put a copy in "
+                "its place, or rename the folder to leave it out"
+            )
+
+
+def _numbered(name: str) -> str:
+    """A pattern of the folders of a name: `create` adds a number if it is taken."""
+    return rf"{re.escape(name)}(-\d+)?"
+
+
 def _runs_of(root: Path, recipe: str, name: str | None) -> dict[Path, dict[str, Any]]:
     """The runs of a recipe and their states, oldest first; with `name`, those of that name."""
-    pattern = rf"{re.escape(name)}(-\d+)?" if name else ".*"  # `create` adds a number to a name that is taken
+    pattern = _numbered(name) if name else ".*"
     states = {run: read_state(run) for run in all_runs(root) if re.fullmatch(pattern, run.name)}
     return {run: state for run, state in states.items() if state.get("recipe") == recipe}
 

@@ -207,7 +207,17 @@ def test_auto_does_nothing_for_a_finished_run_unless_its_length_was_raised(tmp_p
     run(tmp_path / "runs", status="finished", step=9)
     with pytest.raises(recipe_files.NothingToDo, match="runs/r is finished, at step 9; to train it further: --resume"):
         arguments(resume="auto")
+    with pytest.raises(recipe_files.NothingToDo):  # the command that made the run, once more
+        arguments(["--trainer.max_steps=9"], resume="auto")
     assert arguments(["--trainer.max_steps=10"], resume="auto")[0].name == "r"
+
+
+def test_a_run_whose_state_cannot_be_read_is_not_passed_over(tmp_path):
+    (run(tmp_path / "runs", step=3) / folders.RUN).write_text("{")
+    run(tmp_path / "runs", "other", step=3)
+    for resume in ("auto", ""):
+        assert "--resume: runs/r/run.json can't be read" in refusal(resume=resume)
+        assert arguments(["--name", "other"], resume=resume)[0].name == "other"
 
 
 def test_a_resume_takes_the_lock_before_it_reads_the_state(tmp_path):
