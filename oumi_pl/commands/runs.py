@@ -54,6 +54,8 @@ def _report(args: list[str]) -> int:
     from oumi_pl.report.page import make
 
     for run in run_folders:
+        if not folders.read_state(run):
+            raise UserError(f"runs report: {run / folders.RUN} can't be read; put a copy in its place")
         page = make(run)
         if page is None:
             raise UserError(f"runs report: {run} has no metrics yet: not one step was written to {folders.METRICS}")

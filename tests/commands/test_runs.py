@@ -193,6 +193,16 @@ def test_a_killed_run_can_be_reported(here, capsys):
     assert json.loads((here / "r" / folders.RUN).read_text())["status"] == "running", "what is written stays"
 
 
+def test_a_run_whose_state_cannot_be_read_keeps_its_report(here, capsys):
+    run_folder(here, "r")
+    works(capsys, "report", "r")
+    before = (here / "r/report.html").read_bytes()
+    (here / "r" / folders.RUN).write_text("{")
+    assert main(["runs", "report", "r"]) == 2
+    assert "runs report: runs/r/run.json can't be read; put a copy in its place" in capsys.readouterr().err
+    assert (here / "r/report.html").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
