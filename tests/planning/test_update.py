@@ -15,13 +15,14 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from oumi_pl.config import files
 from oumi_pl.config.cli import CLI
 from oumi_pl.errors import UserError
 from oumi_pl.planning.parts import launched, parts_of
-from oumi_pl.planning.tracker import Kind
+from oumi_pl.planning.tracker import Kind, Tracker
 from oumi_pl.planning.update import Settings, estimate
 from tests.tiny import LLAMA
 
@@ -315,3 +316,14 @@ def test_nothing_of_a_plan_is_left_behind(tmp_path, monkeypatch):
     before = torch.distributed.is_initialized(), dict(os.environ), sorted(tmp_path.iterdir())
     planned(path, devices=2)
     assert (torch.distributed.is_initialized(), dict(os.environ), sorted(tmp_path.iterdir())) == before
+
+
+def test_only_operations_that_read_or_write_count_as_moved_memory():
+    tracker = Tracker(())
+    with FakeTensorMode(), tracker:
+        values = torch.empty(100)
+        torch.empty_like(values)
+        torch.ops.prim.device.default(values)
+        assert not tracker.costs.operations
+        values + 1
+    assert [operation.moved for operation in tracker.costs.operations] == [800]
