@@ -30,21 +30,35 @@ COLUMNS = {"cpu": 2048}
 of device multiply all columns at once."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits per step of a softmax, which makes several passes over 1 MB of float32. Other types of device take a chunk."""
-_ROW_ALIGNMENT = 64  # elements; see `LinearHead.logits`
+ROW_MULTIPLE = 64
+"""Chunks have a multiple of so many rows, except the last one and those of a size that the user sets. Products in half
+precision on a CPU are computed for such a multiple: oneDNN compiles a kernel for each number of rows."""
+COLUMN_MULTIPLE = 64
+"""Width of the buffer of logits, in columns; see `LinearHead.logits`."""
 
 
 def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> list[slice]:
-    """Cuts `n` rows into equal chunks of at most `chunk_size`, or of a size that suits `vocab` and `device`.
+    """Cuts `n` rows into chunks of about equal size: at most `chunk_size`, or what suits `vocab` and `device`.
 
     Raises:
         UserError: `chunk_size` is not positive.
     """
     if chunk_size is None:
-        chunk_size = max(MIN_ROWS, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab)
+        elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+        most = max(MIN_ROWS, elements // vocab // ROW_MULTIPLE * ROW_MULTIPLE)
+        count = -(-n // most)
+        size = min(most, -(-n // max(1, count) // ROW_MULTIPLE) * ROW_MULTIPLE)
+        return [slice(begin, min(begin + size, n)) for begin in range(0, n, size or 1)]
     if chunk_size < 1:
         raise UserError(f"chunk_size is a number of rows, at least 1, not {chunk_size}")
     count = -(-n // chunk_size)
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def with_rows(matrix: Tensor, multiple: int) -> Tensor:
+    """Appends rows of zeros to a matrix, up to a multiple; returns the same one if there is nothing to append."""
+    more = -len(matrix) % multiple
+    return torch.nn.functional.pad(matrix, (0, 0, 0, more)) if more else matrix
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
@@ -150,24 +164,31 @@ class LinearHead:
 
         None is autocast's dtype if it is active, else that of `hidden`.
         """
-        self.dtype = dtype or _compute_dtype(hidden)
+        self.dtype = dtype or compute_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.vocab = len(weight)
+        self.is_half_on_cpu = hidden.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
         self._buffer: Tensor | None = None
+
+    def states(self, rows: slice) -> Tensor:
+        """A slice of the hidden states; in half precision on a CPU with zeros up to a multiple of `ROW_MULTIPLE`."""
+        states = self.hidden[rows]
+        return with_rows(states, ROW_MULTIPLE) if self.is_half_on_cpu else states
 
     def logits(self, rows: slice) -> Tensor:
         """Computes the logits `[rows, vocab]` of a slice of the hidden states."""
-        states = self.hidden[rows]
+        states = self.states(rows)
         if self._buffer is None or len(self._buffer) < len(states):
             # One buffer, because allocating memory pages costs more than a softmax. Rows begin at aligned addresses:
             # with an odd vocabulary the product took 1.5 times longer otherwise (float32, MKL).
-            width = -(-self.vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            width = -(-self.vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
         out = self._buffer[: len(states), : self.vocab]
         for columns in self.columns():
             torch.mm(states, self.weight[columns].t(), out=out[:, columns])
+        out = out[: rows.stop - rows.start]
         return out if self.bias is None else out.add_(self.bias)
 
     def columns(self) -> list[slice]:
@@ -208,10 +229,10 @@ class HeadGradients:
     def add(self, rows: slice, by_logits: Tensor) -> None:
         """Adds a chunk, given the gradient of its logits, `[rows, vocab]`."""
         low = by_logits.to(self._head.dtype)
-        states = self._head.hidden[rows]
+        states = self._head.states(rows)
         if self._bias is not None:
             self._bias += by_logits.sum(0, dtype=self._bias.dtype)
-        if low.device.type in COLUMNS and low.dtype != full_precision(low.dtype):
+        if self._head.is_half_on_cpu:
             self._add_rounded(rows, low, states)
             return
         if self._hidden is not None:
@@ -231,13 +252,13 @@ class HeadGradients:
         """
         of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
         for columns in self._head.columns():
-            part = low[:, columns]
+            part = with_rows(low[:, columns], ROW_MULTIPLE)
             if self._hidden is not None:
                 of_states += part @ self._head.weight[columns]
             if self._weight is not None:
                 self._weight[columns] += part.t() @ states
         if self._hidden is not None:
-            self._hidden[rows] = of_states
+            self._hidden[rows] = of_states[: len(low)]
 
 
 class LinearTokenLoss(torch.autograd.Function):
@@ -659,7 +680,8 @@ def graph_is_kept() -> bool:
     return ask is None or bool(ask())
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype of matrix products with a tensor: autocast's if it is active, else that of the tensor."""
     device = hidden.device.type
     # autocast does not cast float64 either
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from oumi_pl.attention import NAME, packed, why_not_isolating, why_not_shared
 from oumi_pl.attention.probe import body_of, probing
@@ -21,7 +22,7 @@ from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
-from oumi_pl.losses.linear_head import transformed
+from oumi_pl.losses.linear_head import compute_dtype, transformed
 from oumi_pl.models.fp8 import exact_products
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
@@ -91,8 +92,34 @@ def padded(batch: Batch) -> Arranged:
     return Arranged(inputs, _tensor(_own_places(segments, width * np.arange(len(segments))), batch))
 
 
+def with_common_length(inputs: Inputs, is_packable: bool) -> Inputs:
+    """Lengthens rows by less than a sixteenth, or seven tokens, to one of few lengths; the rest is not to be read.
+
+    oneDNN compiles a kernel for each shape of a product in half precision on a CPU, which takes longer than the product
+    itself, and keeps the last 1,024 of them, of about 0.5 MB each. Packed rows have ever other lengths.
+
+    Several documents of equal length without a mask stay as they are.
+
+    Args:
+        inputs: Of a model, in any layout.
+        is_packable: Whether the model keeps documents of a row apart.
+    """
+    ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
+    rows, width = ids.shape
+    more = -width % max(8, 2 ** ((width - 1).bit_length() - 5))  # 16 lengths from one power of two to the next
+    if not more or (mask is None and rows > 1):
+        return inputs
+    longer: Inputs = {"input_ids": F.pad(ids, (0, more)), "position_ids": F.pad(places, (0, more))}
+    if mask is None and is_packable:
+        longer["segments"] = [*inputs.get("segments", [Segment(width)]), Segment(more)]
+        longer["position_ids"][:, width:] = torch.arange(more)
+    else:
+        longer["attention_mask"] = F.pad(torch.ones_like(ids) if mask is None else mask, (0, more))
+    return longer
+
+
 def positions(batch: Batch, layout: Layout) -> int:
-    """Positions that a model computes for a batch, padding and repeated tokens included."""
+    """Positions that a layout has for a batch, padding and repeated tokens included."""
     segments = batch["segments"]
     tokens = sum(segment.length for segment in segments)
     if layout is forest or (layout is padded and _is_rectangular(segments)):
@@ -284,8 +311,16 @@ class LM(nn.Module):
     def states(self, batch: Batch) -> States:
         """Runs the model up to its last hidden states."""
         arranged = self.layout(batch)
-        hidden, router_loss = self.hidden_states(arranged.inputs)
-        return States(self, batch, arranged, hidden, router_loss)
+        inputs, width = arranged.inputs, arranged.inputs["input_ids"].shape[1]
+        # a router loss is a mean over all positions
+        if self._computes_in_half_precision_on_cpu() and not self._router_coefficient:
+            inputs = with_common_length(inputs, is_packable=self.layout is not padded)
+        hidden, router_loss = self.hidden_states(inputs)
+        return States(self, batch, arranged, hidden[:, :width], router_loss)
+
+    def _computes_in_half_precision_on_cpu(self) -> bool:
+        weight = cast("Tensor", self.base.get_input_embeddings().weight)
+        return self.device.type == "cpu" and compute_dtype(weight) in (torch.bfloat16, torch.float16)
 
     def choose_layout(self, share: bool, longest: int) -> None:
         """Sets the cheapest layout that is exact, by running the model; all ranks have to call it if it is sharded.

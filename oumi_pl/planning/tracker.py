@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from oumi_pl.losses.linear_head import _ROW_ALIGNMENT
+from oumi_pl.losses.linear_head import COLUMN_MULTIPLE
 from oumi_pl.planning.cards import NODE
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
@@ -139,7 +139,7 @@ class Tracker(MemTracker):
         self.costs = Costs()
         self.kind = Kind.ACTIVATIONS
         """The kind of what is allocated now."""
-        self._logits = {*columns} | {-(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT for size in columns}
+        self._logits = {*columns} | {-(-size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE for size in columns}
 
     def __enter__(self) -> "Tracker":
         self._track_resize()

@@ -418,7 +418,11 @@ def test_chunks_cover_every_row_once_and_evenly():
             rows = linear_head.chunks(n, 50_000, device, size)
             assert [i for r in rows for i in range(r.start, r.stop)] == list(range(n))
             lengths = [r.stop - r.start for r in rows] or [0]
-            assert max(lengths) - min(lengths) <= 1 and max(lengths) <= (size or 2**24 // 50_000)
+            if size is None:  # but for the last, a multiple of 64
+                assert max(lengths) <= 2**24 // 50_000 and min(lengths) > max(lengths) - 64 * len(lengths)
+                assert all(length % 64 == 0 for length in lengths[:-1])
+            else:
+                assert max(lengths) - min(lengths) <= 1 and max(lengths) <= size
     assert len(linear_head.chunks(1024, 2**20, device, None)) == 1024 // linear_head.MIN_ROWS
 
 

@@ -1,18 +1,22 @@
 """A forest of segments in three layouts against each path run alone, with transformers' own model and full logits."""
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oumi_pl.attention import NAME
 from oumi_pl.data.collate import collate
 from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.errors import UserError
+from oumi_pl.losses import linear_head
+from oumi_pl.losses.causal import CrossEntropy
 from oumi_pl.models import lm
-from oumi_pl.models.lm import LM, choose_layout, documents, forest, padded, positions
+from oumi_pl.models.lm import LM, States, choose_layout, documents, forest, padded, positions
 from oumi_pl.modules.dpo import DPO
 from oumi_pl.modules.sft import SFT
 from oumi_pl.types import Example, Segment
@@ -129,6 +133,84 @@ def test_the_end_of_each_segment_is_that_of_its_path_alone(layout):
         ends = LM(make("llama", attention), arrange)(batch_of(*examples), lambda states: states.ends)
         alone = [output.hidden_states[-1][0, -1] for *_, output in paths_alone(make("llama", "eager"), examples)]
         assert_close(ends, alone)
+
+
+# ---- few lengths, for half precision on a CPU
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [*product(LAYOUTS, MODELS), ("padded", "mamba"), ("padded", "mamba2")], ids="-".join
+)
+def test_longer_rows_change_no_number(layout, name, monkeypatch):
+    widths, lengthened = [], lm.with_common_length
+
+    def measured(inputs, is_packable):
+        longer = lengthened(inputs, is_packable)
+        widths.append((inputs["input_ids"].shape[1], longer["input_ids"].shape[1]))
+        return longer
+
+    monkeypatch.setattr(LM, "_computes_in_half_precision_on_cpu", lambda self: True)
+    monkeypatch.setattr(lm, "with_common_length", measured)
+    arrange, attention = LAYOUTS[layout]
+    single = [Example(np.arange(3, 14, dtype=np.int32), np.arange(11) > 0)]
+    for examples in (random_forest(0, 3), random_forest(1, 3), single):
+        dtype = torch.float64 if name.startswith("mamba") else torch.float32  # Mamba adds up rounding errors
+        assert_equal_to_paths_alone(arrange, attention, name, examples, dtype, **(MODELS | RECURRENT)[name])
+    if name == "mixtral":  # its router loss is a mean over all positions
+        assert not widths
+    else:
+        assert len(widths) == 3 and widths[-1] == (11, 16)
+
+
+def test_there_are_few_lengths_and_none_is_much_longer():
+    lengths = []
+    for width in range(1, 5000):
+        ids = torch.zeros(1, width, dtype=torch.long)
+        inputs = lm.with_common_length({"input_ids": ids, "position_ids": ids}, is_packable=True)
+        lengths.append(inputs["input_ids"].shape[1])
+        assert width <= lengths[-1] < max(width * 17 / 16, width + 8)
+        assert lengths[-1] == inputs["position_ids"].shape[1]
+        assert lengths[-1] == sum(segment.length for segment in inputs.get("segments", [Segment(width)]))
+    assert len(set(lengths)) <= 32 + 5 * 16
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shapes of all matrix products in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            matrices = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2]
+            if matrices[0].dtype == torch.bfloat16:
+                self.seen.add(tuple(matrix.shape for matrix in matrices))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("is_mended", [True, False], ids=["few", "planted fault"])
+@pytest.mark.parametrize("precision", ["mixed", "true"])
+@pytest.mark.parametrize("compute", [States.logps, lambda states: states.loss_sum(CrossEntropy()).loss_sum])
+def test_half_precision_on_a_cpu_computes_products_of_few_shapes(compute, precision, is_mended, monkeypatch):
+    """OneDNN compiles and keeps a kernel for each shape, 0.5 MB of memory."""
+    if not is_mended:
+        monkeypatch.setattr(lm, "with_common_length", lambda inputs, is_packable: inputs)
+        monkeypatch.setattr(linear_head, "with_rows", lambda matrix, multiple: matrix)
+    model = make("llama", NAME).train()
+    model = LM(model if precision == "mixed" else model.bfloat16(), forest)
+    lengths = range(512, 640, 4)
+    with Shapes() as shapes, torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+        for length in lengths:
+            ids = np.arange(length, dtype=np.int32) % VOCAB
+            examples = [Example(ids[:100], np.arange(100) > 40), Example(ids[100:], np.arange(length - 100) > 7)]
+            model(batch_of(*examples), compute).sum().backward()
+    of_rows = {shape for pair in shapes.seen for matrix in pair for shape in matrix if shape > VOCAB}
+    assert len(shapes.seen) > 10
+    assert len(of_rows) < 10 if is_mended else len(of_rows) >= len(lengths)
+
+
+# ---- rectangles
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
