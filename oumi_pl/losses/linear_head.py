@@ -30,9 +30,11 @@ COLUMNS = {"cpu": 2048}
 of device multiply all columns at once."""
 BLOCK_ELEMENTS = {"cpu": 2**18}
 """Logits per step of a softmax, which makes several passes over 1 MB of float32. Other types of device take a chunk."""
-ROW_MULTIPLE = 64
-"""Chunks have a multiple of so many rows, except the last one and those of a size that the user sets. Products in half
-precision on a CPU are computed for such a multiple: oneDNN compiles a kernel for each number of rows."""
+ROW_MULTIPLE = {"cpu": 64}
+"""Products in half precision are computed for a multiple of so many rows, per type of device: on a CPU, oneDNN compiles
+a kernel for each number of rows."""
+FULL_SUMS = {"cuda"}
+"""Types of device that add a product in half precision to a sum in float32."""
 COLUMN_MULTIPLE = 64
 """Width of the buffer of logits, in columns; see `LinearHead.logits`."""
 
@@ -45,14 +47,20 @@ def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> 
     """
     if chunk_size is None:
         elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
-        most = max(MIN_ROWS, elements // vocab // ROW_MULTIPLE * ROW_MULTIPLE)
+        multiple = ROW_MULTIPLE.get(device.type, 1)
+        most = max(MIN_ROWS, elements // vocab // multiple * multiple)
         count = -(-n // most)
-        size = min(most, -(-n // max(1, count) // ROW_MULTIPLE) * ROW_MULTIPLE)
+        size = min(most, -(-n // max(1, count) // multiple) * multiple)
         return [slice(begin, min(begin + size, n)) for begin in range(0, n, size or 1)]
     if chunk_size < 1:
         raise UserError(f"chunk_size is a number of rows, at least 1, not {chunk_size}")
     count = -(-n // chunk_size)
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def is_compiled_by_shape(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products are compiled for each shape (see `ROW_MULTIPLE`)."""
+    return device.type in ROW_MULTIPLE and dtype in (torch.bfloat16, torch.float16)
 
 
 def with_rows(matrix: Tensor, multiple: int) -> Tensor:
@@ -169,13 +177,12 @@ class LinearHead:
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.vocab = len(weight)
-        self.is_half_on_cpu = hidden.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
+        self.multiple = ROW_MULTIPLE[hidden.device.type] if is_compiled_by_shape(hidden.device, self.dtype) else 1
         self._buffer: Tensor | None = None
 
     def states(self, rows: slice) -> Tensor:
-        """A slice of the hidden states; in half precision on a CPU with zeros up to a multiple of `ROW_MULTIPLE`."""
-        states = self.hidden[rows]
-        return with_rows(states, ROW_MULTIPLE) if self.is_half_on_cpu else states
+        """A slice of the hidden states, with rows of zeros up to a multiple of `ROW_MULTIPLE` where that counts."""
+        return with_rows(self.hidden[rows], self.multiple)
 
     def logits(self, rows: slice) -> Tensor:
         """Computes the logits `[rows, vocab]` of a slice of the hidden states."""
@@ -232,14 +239,14 @@ class HeadGradients:
         states = self._head.states(rows)
         if self._bias is not None:
             self._bias += by_logits.sum(0, dtype=self._bias.dtype)
-        if self._head.is_half_on_cpu:
+        if is_compiled_by_shape(low.device, low.dtype):
             self._add_rounded(rows, low, states)
             return
         if self._hidden is not None:
             torch.mm(low, self._head.weight, out=self._hidden[rows])
         if self._weight is None:
             return
-        if self._weight.is_cuda and low.dtype != self._weight.dtype:
+        if low.device.type in FULL_SUMS and low.dtype != self._weight.dtype:
             torch.addmm(self._weight, low.t(), states, out_dtype=self._weight.dtype, out=self._weight)
         else:
             self._weight.addmm_(by_logits.t(), states.to(by_logits.dtype))
@@ -252,7 +259,7 @@ class HeadGradients:
         """
         of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
         for columns in self._head.columns():
-            part = with_rows(low[:, columns], ROW_MULTIPLE)
+            part = with_rows(low[:, columns], self._head.multiple)
             if self._hidden is not None:
                 of_states += part @ self._head.weight[columns]
             if self._weight is not None:

@@ -22,7 +22,7 @@ from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
-from oumi_pl.losses.linear_head import compute_dtype, transformed
+from oumi_pl.losses.linear_head import compute_dtype, is_compiled_by_shape, transformed
 from oumi_pl.models.fp8 import exact_products
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
@@ -313,14 +313,14 @@ class LM(nn.Module):
         arranged = self.layout(batch)
         inputs, width = arranged.inputs, arranged.inputs["input_ids"].shape[1]
         # a router loss is a mean over all positions
-        if self._computes_in_half_precision_on_cpu() and not self._router_coefficient:
+        if self._is_compiled_by_shape() and not self._router_coefficient:
             inputs = with_common_length(inputs, is_packable=self.layout is not padded)
         hidden, router_loss = self.hidden_states(inputs)
         return States(self, batch, arranged, hidden[:, :width], router_loss)
 
-    def _computes_in_half_precision_on_cpu(self) -> bool:
+    def _is_compiled_by_shape(self) -> bool:
         weight = cast("Tensor", self.base.get_input_embeddings().weight)
-        return self.device.type == "cpu" and compute_dtype(weight) in (torch.bfloat16, torch.float16)
+        return is_compiled_by_shape(self.device, compute_dtype(weight))
 
     def choose_layout(self, share: bool, longest: int) -> None:
         """Sets the cheapest layout that is exact, by running the model; all ranks have to call it if it is sharded.

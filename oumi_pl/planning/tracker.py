@@ -239,7 +239,9 @@ class Tracker(MemTracker):
         if func.is_view or func.namespace == "prim" or func._overloadpacket in ALLOCATING or not tensors:
             return
         count = FLOPS.get(func._overloadpacket)
+        args = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's counts don't know `out_dtype`
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
         # a tensor that is changed in place is counted twice: it is read and written
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.costs.operations[Operation(flops, tensors[0].dtype, moved)] += 1
+        factor = tensors[1] if func._overloadpacket is aten.addmm else tensors[0]  # what is added may be in float32
+        self.costs.operations[Operation(flops, factor.dtype, moved)] += 1

@@ -124,8 +124,9 @@ def estimate(settings: Settings) -> Estimate:
         parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
         if settings.on_gpu:
             stack.enter_context(patch.dict(linear_head.CHUNK_ELEMENTS, cpu=linear_head.CHUNK_ELEMENTS["cuda"]))
-            for of_cpus in (linear_head.COLUMNS, linear_head.BLOCK_ELEMENTS):
+            for of_cpus in (linear_head.COLUMNS, linear_head.BLOCK_ELEMENTS, linear_head.ROW_MULTIPLE):
                 stack.enter_context(patch.dict(of_cpus, clear=True))
+            stack.enter_context(patch.object(linear_head, "FULL_SUMS", {"cpu"}))
             # on a CPU, attention computes in float32
             stack.enter_context(patch("oumi_pl.attention.interface._low_precision", lambda query: None))
         try:

@@ -149,7 +149,7 @@ def test_longer_rows_change_no_number(layout, name, monkeypatch):
         widths.append((inputs["input_ids"].shape[1], longer["input_ids"].shape[1]))
         return longer
 
-    monkeypatch.setattr(LM, "_computes_in_half_precision_on_cpu", lambda self: True)
+    monkeypatch.setattr(LM, "_is_compiled_by_shape", lambda self: True)
     monkeypatch.setattr(lm, "with_common_length", measured)
     arrange, attention = LAYOUTS[layout]
     single = [Example(np.arange(3, 14, dtype=np.int32), np.arange(11) > 0)]

@@ -318,6 +318,14 @@ def test_nothing_of_a_plan_is_left_behind(tmp_path, monkeypatch):
     assert (torch.distributed.is_initialized(), dict(os.environ), sorted(tmp_path.iterdir())) == before
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_products_on_a_gpu_are_in_the_precision_of_the_run(tmp_path, precision):
+    """A product in half precision that is added to a gradient in float32 is as fast as others."""
+    plan = planned(recipe(tmp_path), "--trainer.precision", precision)
+    dtypes = {operation.dtype for operation in plan.costs.operations if operation.flops}
+    assert dtypes == {torch.float32 if precision == "32-true" else torch.bfloat16}
+
+
 def test_only_operations_that_read_or_write_count_as_moved_memory():
     tracker = Tracker(())
     with FakeTensorMode(), tracker:
