@@ -232,14 +232,16 @@ class Example:
 class Inputs(TypedDict):
     """The inputs of a model.
 
-    Padded inputs have an `attention_mask`. Packed ones have one row (`batch` = 1) and `segments`, but no
-    `attention_mask`. Rows of equal length, one document each, need neither.
+    Padded inputs have an `attention_mask` and `lengths`. Packed ones have one row (`batch` = 1) and `segments`. Rows of
+    equal length, one document each, need none of them. What is known on the host is kept there, since reading a GPU's
+    tensor would wait for all that it computes.
     """
 
     input_ids: torch.Tensor  # [batch, seq] int64
     position_ids: torch.Tensor  # [batch, seq] int64, the place of each token in its path
     attention_mask: NotRequired[torch.Tensor]  # [batch, seq] int64, 1 for a token, 0 for padding
-    segments: NotRequired[list[Segment]]  # of the row; kept on the host, since reading a GPU tensor would synchronise
+    lengths: NotRequired[list[int]]  # [batch], tokens of each row without padding
+    segments: NotRequired[list[Segment]]  # of the row
 
 
 class Update(NamedTuple):

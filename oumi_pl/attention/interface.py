@@ -175,6 +175,13 @@ def attend(
     if not torch.compiler.is_compiling() and current_blocks.get() is not None:
         name = type(module).__name__
         raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
+    is_whole = attention_mask is None and query.shape[2] == key.shape[2]  # neither padded nor with a cache
+    if is_whole and query.device.type == "cpu" and (dtype := _half_precision(query)):
+        # as for packed rows: see `_attend_blocks`
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = query.float(), key.float(), value.float()
+            output, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
+        return output.to(dtype), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
@@ -187,13 +194,16 @@ def _attend_blocks(  # noqa: PLR0917
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     _refuse_unknown_terms(module, settings, blocks)
+    if dtype := _half_precision(query):
+        if query.device.type == "cpu":
+            # torch's attention for CPUs takes longer in bfloat16 than in float32: 3 times as long in the backward pass
+            with torch.autocast("cpu", enabled=False):
+                full = (x.float() for x in (query, key, value))
+                return _attend_blocks(module, *full, blocks, settings).to(dtype)
+        # autocast casts for sdpa, but not for the varlen kernel; rotary positions left queries and keys in float32
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if varlen_fits(query, value, blocks, settings):
         return attend_varlen(query, key, value, blocks, settings.get("scaling"))
-    if query.device.type == "cpu" and (dtype := _low_precision(query)):
-        # torch's attention for CPUs takes longer in bfloat16 than in float32: 3 times as long in the backward pass
-        with torch.autocast("cpu", enabled=False):
-            full = (x.float() for x in (query, key, value))
-            return _attend_blocks(module, *full, blocks, settings).to(dtype)
     # One call per block, with the shapes it would have alone: same kernels, same rounding (but for low precision on a
     # CPU, see above), and no `seq x seq` mask.
     # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
@@ -205,10 +215,11 @@ def _attend_blocks(  # noqa: PLR0917
     return torch.cat(outputs, dim=1)
 
 
-def _low_precision(query: Tensor) -> torch.dtype | None:
-    """The dtype in which torch's attention for CPUs would compute, if it has less than 32 bits."""
-    autocast = torch.is_autocast_enabled("cpu") and query.dtype == torch.float32
-    dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
+def _half_precision(query: Tensor) -> torch.dtype | None:
+    """The dtype in which torch's attention would compute, if it has less than 32 bits."""
+    device = query.device.type
+    is_cast = torch.is_autocast_enabled(device) and query.dtype == torch.float32
+    dtype = torch.get_autocast_dtype(device) if is_cast else query.dtype
     return dtype if dtype.itemsize < 4 else None
 
 

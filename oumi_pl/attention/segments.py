@@ -120,19 +120,32 @@ def packed(segments: Sequence[Segment] | None) -> Iterator[None]:
         current_blocks.reset(token)
 
 
-@dataclass(frozen=True)
 class Blocks:
     """Takes the place of the mask in transformers' models: says which tokens see each other.
 
-    blocks: of the whole row, in order. causal: within its path, a token sees all earlier ones. window: width of the
-    window or chunk of this type of layer, None if it has none. mask_of: the mask of a block. device: of the model.
+    Not a dataclass: FSDP2 makes a copy of each one that it passes to a layer, without what is cached.
+
+    Args:
+        blocks: Of the whole row, in order.
+        causal: Whether a token sees all earlier ones of its path.
+        window: Width of the window or chunk of this type of layer; None if it has none.
+        mask_of: The mask of a block.
+        device: Of the model.
     """
 
-    blocks: tuple[Block, ...]
-    causal: bool
-    window: int | None
-    mask_of: Callable[[Block], Tensor | None]
-    device: torch.device | str
+    def __init__(
+        self,
+        blocks: tuple[Block, ...],
+        causal: bool,
+        window: int | None,
+        mask_of: Callable[[Block], Tensor | None],
+        device: torch.device | str,
+    ) -> None:
+        self.blocks = blocks
+        self.causal = causal
+        self.window = window
+        self.mask_of = mask_of
+        self.device = device
 
     @cached_property
     def lengths(self) -> list[int]:

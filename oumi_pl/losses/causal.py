@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from oumi_pl.errors import UserError
+from oumi_pl.losses.devices import device_of
 from oumi_pl.losses.linear_head import (
     LinearTokenLoss,
     LossTask,
@@ -28,6 +29,7 @@ from oumi_pl.losses.linear_head import (
     TokenLossOfHead,
     Transform,
     at_target,
+    called,
     checked_losses,
     chunks,
     full_precision,
@@ -189,7 +191,7 @@ def token_loss_sum(
     """
     _check(hidden, targets)
     task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
-    rows = chunks(len(targets), _vocab(head), hidden.device, chunk_size)
+    rows = chunks(len(targets), _vocab(head), hidden, chunk_size)
     tensors = _tensors_of(head, hidden)
     # of a part of the vocabulary, only the loss of this package can be computed; others need all logits
     if tensors is not None and (tensors.vocabulary is ALL or type(token_loss) is CrossEntropy):
@@ -197,7 +199,7 @@ def token_loss_sum(
         loss_sum, correct = LinearTokenLoss.apply(hidden, tensors.weight, tensors.bias, task, *task.parameters)
     else:
         loss_sum, correct = _sum_of_any_head(hidden, head, task, rows)
-    if not rows:  # so that the names are those of every other batch
+    if not len(targets):  # so that the names are those of every other batch
         task.metrics.clear()
         task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets, None)
     # a copy, since activation checkpointing calls the loss again
@@ -246,7 +248,7 @@ def token_losses(
 
 def _loss_of_chunk(task: LossTask, head: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     def of_chunk(states: Tensor, wanted: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
-        logits = transformed(head(states), task.transform)
+        logits = transformed(called(head, states), task.transform)
         task.measure(logits, wanted, weights)
         return checked_losses(task.token_loss, logits, wanted), is_largest(logits, wanted)
 
@@ -276,7 +278,7 @@ def token_logps(
         return LinearLogps.apply(hidden, tensors.weight, tensors.bias, task)
 
     def of_chunk(states: Tensor, wanted: Tensor, _: None) -> tuple[Tensor, ...]:
-        logits = transformed(head(states), transform)
+        logits = transformed(called(head, states), transform)
         return (at_target(logits, wanted) - logits.logsumexp(-1),)
 
     return _by_chunks(of_chunk, hidden, targets, head, chunk_size)[0]
@@ -301,7 +303,7 @@ def _by_chunks(
     run: Any = _called if is_transformed(hidden, head) else checkpoint
     outputs = [
         run(of_chunk, hidden[rows], targets[rows], None if weights is None else weights[rows], **options)
-        for rows in chunks(len(targets), _vocab(head), hidden.device, chunk_size)
+        for rows in chunks(len(targets), _vocab(head), hidden, chunk_size)
     ]
     return [torch.cat(column)[:n] for column in zip(*outputs, strict=True)]
 
@@ -328,7 +330,7 @@ def _vocab(head: nn.Module) -> int:
 def _softmax(logits: Tensor, targets: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Returns softmax `[n, vocab]` and logsumexp `[n]` in full precision. May overwrite `logits`."""
     full = full_precision(logits.dtype)
-    if logits.device.type == "cpu":  # allocating costs more than another pass over the data: work in place
+    if device_of(logits).is_in_place:
         logits = logits.to(full)
         top = logits.amax(-1, keepdim=True)
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)

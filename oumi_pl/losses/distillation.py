@@ -25,6 +25,7 @@ from oumi_pl.losses.linear_head import (
     LinearHead,
     Transform,
     at_target,
+    called,
     chunks,
     full_precision,
     graph_is_kept,
@@ -149,7 +150,7 @@ class TeacherHead(Outcomes):
     @torch.no_grad()
     def logps(self, rows: slice) -> tuple[None, Tensor]:
         """Runs the head."""
-        logits = transformed(self.head(self.hidden[rows]), self.transform)[:, : self.vocab]
+        logits = transformed(called(self.head, self.hidden[rows]), self.transform)[:, : self.vocab]
         return None, (logits / self.temperature if self.temperature != 1 else logits).log_softmax(-1)
 
 
@@ -262,14 +263,14 @@ def distillation_sums(
     for rows in _chunks(task, hidden, getattr(head, "out_features", None) or 2**17):
 
         def of_chunk(states: Tensor, rows: slice = rows) -> tuple[Tensor, ...]:
-            return _of_chunk(task, transformed(head(states), transform), rows)
+            return _of_chunk(task, transformed(called(head, states), transform), rows)
 
         losses.append(checkpoint(of_chunk, hidden[rows], use_reentrant=False))
     return DistillationSums(*(torch.stack(column).sum() for column in zip(*losses, strict=True)))
 
 
 def _chunks(task: _Task, hidden: Tensor, vocab: int) -> list[slice]:
-    return chunks(len(hidden), ALIVE * vocab, hidden.device, task.chunk_size)
+    return chunks(len(hidden), ALIVE * vocab, hidden, task.chunk_size)
 
 
 def _compared(task: _Task, logits: Tensor, ids: Tensor | None) -> Tensor:

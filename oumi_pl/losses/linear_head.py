@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses.vocabulary import ALL, Vocabulary
+from oumi_pl.losses.devices import device_of, row_multiple
+from oumi_pl.losses.vocabulary import ALL, Vocabulary, has_hooks
 from oumi_pl.types import Sums, TokenLoss
 
 QuickMethod = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -21,34 +22,22 @@ QuickMethod = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Transform = Callable[[Tensor], Tensor]
 """Maps float32 logits `[n, vocab]` element by element to the final ones: a soft cap, a scale."""
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
-"""Logits alive at a time, per type of device: 64 MB of float32 on a CPU, where larger chunks ran no faster."""
 MIN_ROWS = 128
 """Smallest chunk, however large the vocabulary: each chunk reads the head's weight and its gradient once."""
-COLUMNS = {"cpu": 2048}
-"""Columns of the logits per matrix product, so that what it reads and writes stays in a processor's cache. Other types
-of device multiply all columns at once."""
-BLOCK_ELEMENTS = {"cpu": 2**18}
-"""Logits per step of a softmax, which makes several passes over 1 MB of float32. Other types of device take a chunk."""
-ROW_MULTIPLE = {"cpu": 64}
-"""Products in half precision are computed for a multiple of so many rows, per type of device: on a CPU, oneDNN compiles
-a kernel for each number of rows."""
-FULL_SUMS = {"cuda"}
-"""Types of device that add a product in half precision to a sum in float32."""
 COLUMN_MULTIPLE = 64
-"""Width of the buffer of logits, in columns; see `LinearHead.logits`."""
+"""The buffer of logits has a multiple of so many columns; see `LinearHead.logits`."""
 
 
-def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> list[slice]:
-    """Cuts `n` rows into chunks of about equal size: at most `chunk_size`, or what suits `vocab` and `device`.
+def chunks(n: int, vocab: int, like: Tensor, chunk_size: int | None) -> list[slice]:
+    """Cuts `n` rows into chunks of `chunk_size` rows at most, or of what suits `vocab` and the device of `like`.
 
     Raises:
         UserError: `chunk_size` is not positive.
     """
     if chunk_size is None:
-        elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
-        multiple = ROW_MULTIPLE.get(device.type, 1)
-        most = max(MIN_ROWS, elements // vocab // multiple * multiple)
+        device = device_of(like)
+        multiple = device.row_multiple
+        most = max(MIN_ROWS, device.chunk_elements // vocab // multiple * multiple)
         count = -(-n // most)
         size = min(most, -(-n // max(1, count) // multiple) * multiple)
         return [slice(begin, min(begin + size, n)) for begin in range(0, n, size or 1)]
@@ -58,15 +47,15 @@ def chunks(n: int, vocab: int, device: torch.device, chunk_size: int | None) -> 
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
-def is_compiled_by_shape(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether matrix products are compiled for each shape (see `ROW_MULTIPLE`)."""
-    return device.type in ROW_MULTIPLE and dtype in (torch.bfloat16, torch.float16)
-
-
 def with_rows(matrix: Tensor, multiple: int) -> Tensor:
     """Appends rows of zeros to a matrix, up to a multiple; returns the same one if there is nothing to append."""
     more = -len(matrix) % multiple
     return torch.nn.functional.pad(matrix, (0, 0, 0, more)) if more else matrix
+
+
+def called(head: nn.Module, states: Tensor) -> Tensor:
+    """Calls a head, with rows of zeros up to a multiple where that is faster; returns the logits `[n, vocab]`."""
+    return head(with_rows(states, row_multiple(states, compute_dtype(states))))[: len(states)]
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +73,7 @@ def is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
         and type(head.weight) in (nn.Parameter, FakeTensor)  # fake while a run is planned
         and head.weight.device == hidden.device
         and head.weight.is_floating_point()
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        and not has_hooks(head)
     )
 
 
@@ -148,9 +137,10 @@ class LossTask(Task):
 
     @torch.no_grad()
     def measure(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        """Adds the metrics of the loss for a chunk, from logits `[rows, vocab]` in full precision."""
-        if not isinstance(self.token_loss, TokenLoss):
+        """Adds the metrics of the loss for a chunk, from logits `[rows, vocab]`."""
+        if not isinstance(self.token_loss, TokenLoss) or type(self.token_loss).metrics is TokenLoss.metrics:
             return
+        logits = logits.to(full_precision(logits.dtype))
         for name, values in self.token_loss.metrics(logits.detach(), targets).items():
             if values.shape != targets.shape:
                 raise UserError(
@@ -177,11 +167,12 @@ class LinearHead:
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.vocab = len(weight)
-        self.multiple = ROW_MULTIPLE[hidden.device.type] if is_compiled_by_shape(hidden.device, self.dtype) else 1
+        self.multiple = row_multiple(hidden, self.dtype)
+        """Products are computed for a multiple of so many rows."""
         self._buffer: Tensor | None = None
 
     def states(self, rows: slice) -> Tensor:
-        """A slice of the hidden states, with rows of zeros up to a multiple of `ROW_MULTIPLE` where that counts."""
+        """A slice of the hidden states, with rows of zeros up to a multiple of `multiple`."""
         return with_rows(self.hidden[rows], self.multiple)
 
     def logits(self, rows: slice) -> Tensor:
@@ -190,6 +181,7 @@ class LinearHead:
         if self._buffer is None or len(self._buffer) < len(states):
             # One buffer, because allocating memory pages costs more than a softmax. Rows begin at aligned addresses:
             # with an odd vocabulary the product took 1.5 times longer otherwise (float32, MKL).
+            # One row more, since chunks of a given size may differ by one.
             width = -(-self.vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
         out = self._buffer[: len(states), : self.vocab]
@@ -200,7 +192,7 @@ class LinearHead:
 
     def columns(self) -> list[slice]:
         """The columns of each matrix product with the weight."""
-        width = COLUMNS.get(self.weight.device.type, self.vocab)
+        width = device_of(self.weight).columns or self.vocab
         return [slice(begin, begin + width) for begin in range(0, self.vocab, width)]
 
     def keep(self) -> None:
@@ -239,23 +231,23 @@ class HeadGradients:
         states = self._head.states(rows)
         if self._bias is not None:
             self._bias += by_logits.sum(0, dtype=self._bias.dtype)
-        if is_compiled_by_shape(low.device, low.dtype):
+        if self._head.multiple > 1:
             self._add_rounded(rows, low, states)
             return
         if self._hidden is not None:
             torch.mm(low, self._head.weight, out=self._hidden[rows])
         if self._weight is None:
             return
-        if low.device.type in FULL_SUMS and low.dtype != self._weight.dtype:
+        if device_of(low).has_mixed_addmm and low.dtype != self._weight.dtype:
             torch.addmm(self._weight, low.t(), states, out_dtype=self._weight.dtype, out=self._weight)
         else:
             self._weight.addmm_(by_logits.t(), states.to(by_logits.dtype))
 
     def _add_rounded(self, rows: slice, low: Tensor, states: Tensor) -> None:
-        """Adds a chunk in bfloat16 or float16 on a CPU, whose products have no float32 result.
+        """Adds a chunk in half precision on a CPU, whose products have no float32 result.
 
-        For the weight, the product of each chunk is rounded once, as the only product of a batch would be, and added in
-        float32. For the hidden states, the products of 2,048 columns each are rounded and added in float32.
+        The product of a chunk is rounded to half precision once, as the only product of a batch would be, and added in
+        float32: for the weight as a whole, for the hidden states those of each block of columns.
         """
         of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
         for columns in self._head.columns():
@@ -286,7 +278,7 @@ class LinearTokenLoss(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=full_precision(head.dtype), device=hidden.device)
         hits = torch.empty_like(losses, dtype=torch.bool)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(len(hidden), head.vocab, hidden.device, task.chunk_size):
+            for rows in chunks(len(hidden), head.vocab, hidden, task.chunk_size):
                 logits = head.logits(rows)
                 if gradients is None:
                     losses[rows], hits[rows] = without_gradient(task, logits, rows)
@@ -347,7 +339,7 @@ class TokenLossOfHead(torch.autograd.Function):
         for chunk in rows:
             states = hidden[chunk].detach().requires_grad_(with_gradients)
             with torch.set_grad_enabled(with_gradients):
-                logits = head(states)
+                logits = called(head, states)
             if not with_gradients:
                 loss, hit = without_gradient(task, logits, chunk)
             else:
@@ -534,7 +526,7 @@ def gradients_with_graph(
         with torch.autocast(states.device.type, enabled=False):
             return torch.nn.functional.linear(states.to(dtype), weight.to(dtype), own)
 
-    rows = chunks(len(hidden), len(weight), hidden.device, task.chunk_size)
+    rows = chunks(len(hidden), len(weight), hidden, task.chunk_size)
     of_head = (weight,) if bias is None else (weight, bias)
     results = GradientsWithGraph.apply(Gradients(logits_of, task, rows), weights, hidden, *of_head, *parameters)
     return (*results[:2], None, *results[2:]) if bias is None else results
@@ -594,7 +586,7 @@ def with_gradient(
         return _of_part(task, logits, rows)
     targets, weights = task.targets[rows], task.weights_of(rows)
     quick = None if of_loss else _quick_method(task.token_loss)
-    if quick and task.transform is None and logits.device.type in BLOCK_ELEMENTS:
+    if quick and task.transform is None and device_of(logits).block_elements:
         return _in_place(task, quick, logits, rows)
     leaf, last = (logits, logits) if quick and task.transform is None else leaf_and_logits(logits, task.transform)
     hits = is_largest(last, targets)
@@ -621,7 +613,7 @@ def _in_place(task: LossTask, quick: QuickMethod, logits: Tensor, rows: slice) -
     """What `with_gradient` returns, by a few rows at a time; the gradient overwrites the logits, in their dtype."""
     losses = torch.empty(len(logits), dtype=full_precision(logits.dtype))
     hits = torch.empty(len(logits), dtype=torch.bool)
-    height = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    height = max(1, (device_of(logits).block_elements or logits.numel()) // logits.shape[1])
     begins = range(0, len(logits), height)
     for begin in begins[:1] if isinstance(logits, FakeTensor) else begins:  # a plan needs the memory of one block
         own = slice(begin, begin + height)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oumi_pl.losses.devices import device_of
 from oumi_pl.losses.linear_head import (
     HeadGradients,
     LinearHead,
@@ -19,10 +20,6 @@ from oumi_pl.losses.linear_head import (
 )
 from oumi_pl.losses.vocabulary import Vocabulary
 
-KEPT_ELEMENTS = {"cpu": 2**25}
-"""Entries of the softmax kept for the backward pass, per type of device; the rest is recomputed. 128 MB of float32 on a
-CPU, where recomputing a matrix product is expensive; none on other devices."""
-
 
 class LinearLogps(torch.autograd.Function):
     """Log-probabilities under a linear head. Keeps the softmax for backward up to a budget, else recomputes it."""
@@ -35,11 +32,12 @@ class LinearLogps(torch.autograd.Function):
         logps = torch.empty_like(lse)
         # a transform may return a tensor that must not be overwritten, and lower precision would lose digits of the
         # sums
-        in_place = task.transform is None and head.dtype == lse.dtype and hidden.device.type == "cpu"
-        budget = KEPT_ELEMENTS.get(hidden.device.type, 0) if in_place and task.with_gradients else 0
+        device = device_of(hidden)
+        in_place = task.transform is None and head.dtype == lse.dtype and device.is_in_place
+        budget = device.kept_elements if in_place and task.with_gradients else 0
         ctx.kept = {}
         with torch.autocast(hidden.device.type, enabled=False):
-            for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
+            for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden, task.chunk_size)):
                 logits = transformed(head.logits(rows), task.transform)
                 target_logits = task.vocabulary.at_target(logits, targets[rows])
                 if in_place:
@@ -74,7 +72,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> HeadGradients:
     task: Task = ctx.task
     head = LinearHead(hidden, weight, bias, ctx.dtype)
     gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-    for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden.device, task.chunk_size)):
+    for number, rows in enumerate(chunks(len(hidden), head.vocab, hidden, task.chunk_size)):
         # The gradient of a log-probability with respect to the logits is one-hot - softmax.
         weights, wanted = upstream[rows].unsqueeze(-1), task.targets[rows]
         if number in ctx.kept:

@@ -98,10 +98,16 @@ class LocalHead(NamedTuple):
     """Which columns these are."""
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has to be called, so that its hooks run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def divided_head(head: nn.Module, hidden: Tensor) -> LocalHead | None:
     """The part on this rank of a linear head whose weight a tensor group holds.
 
-    None for other heads, and for those that have to be called: with a forward hook, a bias that is divided, a weight in
+    None for other heads, and for those that have to be called: with a hook, a bias that is divided, a weight in
     integers or on another device.
     """
     weight = getattr(head, "weight", None)
@@ -109,7 +115,7 @@ def divided_head(head: nn.Module, hidden: Tensor) -> LocalHead | None:
         return None
     if weight.device_mesh.mesh_dim_names != ("tensor",):  # of FSDP2, which a call of the wrapper gathers
         return None
-    if weight.device.type != hidden.device.type or not weight.is_floating_point() or head._forward_hooks:
+    if weight.device.type != hidden.device.type or not weight.is_floating_point() or has_hooks(head):
         return None
     mesh, bias = weight.device_mesh, cast("DTensor | None", head.bias)
     if weight.placements[0].is_replicate():

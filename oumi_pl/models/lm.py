@@ -22,7 +22,8 @@ from oumi_pl.attention.rotary import rows_of
 from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
-from oumi_pl.losses.linear_head import compute_dtype, is_compiled_by_shape, transformed
+from oumi_pl.losses.devices import row_multiple
+from oumi_pl.losses.linear_head import compute_dtype, transformed
 from oumi_pl.models.fp8 import exact_products
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
@@ -88,33 +89,37 @@ def padded(batch: Batch) -> Arranged:
         "input_ids": batch["input_ids"][0, _tensor(taken, batch)],
         "position_ids": torch.arange(width, device=device).expand(len(paths), width).contiguous(),
         "attention_mask": _tensor(mask, batch),
+        "lengths": [len(path) for path in paths],
     }
     return Arranged(inputs, _tensor(_own_places(segments, width * np.arange(len(segments))), batch))
 
 
-def with_common_length(inputs: Inputs, is_packable: bool) -> Inputs:
-    """Lengthens rows by less than a sixteenth, or seven tokens, to one of few lengths; the rest is not to be read.
+def padded_to_few_lengths(inputs: Inputs, isolates: bool) -> Inputs:
+    """Pads rows on the right to one of a few lengths, by less than 1/16 or at most 7 tokens.
 
-    oneDNN compiles a kernel for each shape of a product in half precision on a CPU, which takes longer than the product
-    itself, and keeps the last 1,024 of them, of about 0.5 MB each. Packed rows have ever other lengths.
+    The model's output beyond the width that the rows had means nothing. oneDNN compiles a kernel for each shape of a
+    product in half precision on a CPU, which takes longer than the product itself, and keeps the last 1,024 of them, of
+    about 0.5 MB each. Almost every packed row has a new length.
 
-    Several documents of equal length without a mask stay as they are.
+    Rows without a mask that can't be told apart from the padding stay as they are. So do several documents of equal
+    length, as in pretraining, where all batches have one shape.
 
     Args:
         inputs: Of a model, in any layout.
-        is_packable: Whether the model keeps documents of a row apart.
+        isolates: Whether the model's attention is ours, which keeps the segments of a row apart.
     """
     ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
     rows, width = ids.shape
+    segments = inputs.get("segments", [Segment(width)] if rows == 1 and isolates else None)
     more = -width % max(8, 2 ** ((width - 1).bit_length() - 5))  # 16 lengths from one power of two to the next
-    if not more or (mask is None and rows > 1):
+    if not more or (mask is None and segments is None):
         return inputs
-    longer: Inputs = {"input_ids": F.pad(ids, (0, more)), "position_ids": F.pad(places, (0, more))}
-    if mask is None and is_packable:
-        longer["segments"] = [*inputs.get("segments", [Segment(width)]), Segment(more)]
+    longer: Inputs = {**inputs, "input_ids": F.pad(ids, (0, more)), "position_ids": F.pad(places, (0, more))}
+    if mask is not None:
+        longer["attention_mask"] = F.pad(mask, (0, more))
+    elif segments is not None:
+        longer["segments"] = [*segments, Segment(more)]
         longer["position_ids"][:, width:] = torch.arange(more)
-    else:
-        longer["attention_mask"] = F.pad(torch.ones_like(ids) if mask is None else mask, (0, more))
     return longer
 
 
@@ -313,14 +318,14 @@ class LM(nn.Module):
         arranged = self.layout(batch)
         inputs, width = arranged.inputs, arranged.inputs["input_ids"].shape[1]
         # a router loss is a mean over all positions
-        if self._is_compiled_by_shape() and not self._router_coefficient:
-            inputs = with_common_length(inputs, is_packable=self.layout is not padded)
+        if self._has_kernel_per_shape() and not self._router_coefficient:
+            inputs = padded_to_few_lengths(inputs, isolates=self.base.config._attn_implementation == NAME)
         hidden, router_loss = self.hidden_states(inputs)
         return States(self, batch, arranged, hidden[:, :width], router_loss)
 
-    def _is_compiled_by_shape(self) -> bool:
+    def _has_kernel_per_shape(self) -> bool:
         weight = cast("Tensor", self.base.get_input_embeddings().weight)
-        return is_compiled_by_shape(self.device, compute_dtype(weight))
+        return row_multiple(weight, compute_dtype(weight)) > 1
 
     def choose_layout(self, share: bool, longest: int) -> None:
         """Sets the cheapest layout that is exact, by running the model; all ranks have to call it if it is sharded.
@@ -399,7 +404,7 @@ class LM(nn.Module):
         kwargs: dict[str, Any] = {"output_router_logits": True} if coefficient else {}
         mask = inputs.get("attention_mask")
         rows, width = inputs["input_ids"].shape
-        lengths = [width] * rows if mask is None else mask.sum(1).tolist()
+        lengths = inputs.get("lengths", [width] * rows)
         with packed(inputs.get("segments")), rows_of(lengths):
             # with a cache, transformers would ignore the borders of packed documents
             output = self.body(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -464,16 +465,19 @@ def shard(
             tensor_parallel.divide(module_with_weights, styles, tensor)
         if second is not None:
             tensor_parallel.divide(second, tensor_parallel.styles_of(second.base, tensor.size()), tensor)
-    for layer in [*decoder_layers(model), model, *heads]:
+    for layer in [*decoder_layers(model), *heads]:
         fully_shard(layer, **kwargs)
+    of_root = _settings_of_root(kwargs)
+    fully_shard(model, **of_root)
     is_offloaded = "offload_policy" in kwargs
     if values:
         is_sent = isinstance(loading, FirstRank | Structure)
         _load_values(model, values, device, is_sent=is_sent, is_offloaded=is_offloaded)
     if second is not None:
-        for layer in [*decoder_layers(second), second]:
-            # the root, too, is divided again after a call: no backward pass follows that would need it
+        # the root, too, is divided again after a call: no backward pass follows that would need it
+        for layer in decoder_layers(second):
             fully_shard(layer, **kwargs, reshard_after_forward=True)
+        fully_shard(second, **of_root, reshard_after_forward=True)
         values = {n: cast("DTensor", p).to_local().clone() for n, p in model.named_parameters()}
         _load_values(second, values, device, is_sent=False, is_offloaded=is_offloaded)
     return second
@@ -491,6 +495,12 @@ def _settings(module: L.LightningModule, mesh: DeviceMesh) -> dict[str, Any]:
         # gather and multiply in bfloat16; keep weights, and sum gradients over ranks, in float32
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return settings
+
+
+def _settings_of_root(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `fully_shard` for the whole model, whose input is a batch: its numbers are not rounded."""
+    policy = settings.get("mp_policy")
+    return settings if policy is None else settings | {"mp_policy": replace(policy, cast_forward_inputs=False)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

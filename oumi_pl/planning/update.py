@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from oumi_pl.attention import NAME
 from oumi_pl.callbacks.memory import size_of, state_size
 from oumi_pl.errors import UserError
-from oumi_pl.losses import linear_head
+from oumi_pl.losses import devices
 from oumi_pl.models import recomputation, tensor_parallel
 from oumi_pl.models.build import build_model
 from oumi_pl.models.lm import LM, disable_dropout, documents, forest
@@ -123,12 +123,9 @@ def estimate(settings: Settings) -> Estimate:
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None))
         parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
         if settings.on_gpu:
-            stack.enter_context(patch.dict(linear_head.CHUNK_ELEMENTS, cpu=linear_head.CHUNK_ELEMENTS["cuda"]))
-            for of_cpus in (linear_head.COLUMNS, linear_head.BLOCK_ELEMENTS, linear_head.ROW_MULTIPLE):
-                stack.enter_context(patch.dict(of_cpus, clear=True))
-            stack.enter_context(patch.object(linear_head, "FULL_SUMS", {"cpu"}))
+            stack.enter_context(patch.dict(devices.DEVICES, cpu=devices.GPU))
             # on a CPU, attention computes in float32
-            stack.enter_context(patch("oumi_pl.attention.interface._low_precision", lambda query: None))
+            stack.enter_context(patch("oumi_pl.attention.interface._half_precision", lambda query: None))
         try:
             return _Run(parts, settings).estimate()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

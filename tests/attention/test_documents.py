@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
@@ -19,7 +20,7 @@ from oumi_pl.attention import (
     why_not_isolating,
     why_not_shared,
 )
-from oumi_pl.attention.segments import current_blocks
+from oumi_pl.attention.segments import Blocks, blocks_of, current_blocks
 from oumi_pl.errors import UserError
 from oumi_pl.types import Segment
 
@@ -233,6 +234,45 @@ def test_attention_in_bfloat16_is_that_of_float32_rounded():
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, expected.bfloat16())
     assert not torch.equal(result, sdpa_attention_forward(layer, *states, None, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_one_document_is_computed_in_the_precision_of_several(is_autocast):
+    layer = nn.Module()
+    layer.is_causal = True
+    states = torch.randn(3, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    expected, _ = interface.attend(layer, *states.float(), None, is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        result, _ = interface.attend(layer, *(states.float() if is_autocast else states), None, is_causal=True)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected.bfloat16())
+    assert not torch.equal(result, sdpa_attention_forward(layer, *states, None, is_causal=True)[0])
+
+
+def test_queries_that_rotary_positions_left_in_float32_reach_the_varlen_kernel_in_the_dtype_of_autocast(monkeypatch):
+    """On a fake GPU. Autocast casts what sdpa is called with, but not the input of this kernel."""
+    dtypes = []
+
+    def kernel(query, key, value, *_):
+        dtypes.extend(x.dtype for x in (query, key, value))
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(interface, "attend_varlen", kernel)
+    monkeypatch.setattr(interface, "_parameters", lambda: {"window_size", "scale"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    blocks = Blocks(blocks_of(roots([5, 4])), True, None, lambda block: None, "cuda")
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)  # the context manager does nothing without a GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        with FakeTensorMode():
+            query, key = (torch.empty(1, 2, 9, 8, device="cuda") for _ in range(2))
+            value = torch.empty(1, 2, 9, 8, device="cuda", dtype=torch.bfloat16)
+            interface.attend(nn.Identity(), query, key, value, blocks)
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    assert dtypes == [torch.bfloat16] * 3
 
 
 def faulty(module, query, key, value, mask, **settings):

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses import linear_head, linear_logps
+from oumi_pl.losses import devices, linear_head
 from oumi_pl.losses.causal import CrossEntropy, _softmax, is_cross_entropy, token_logps, token_loss_sum
 
 N, HIDDEN, VOCAB, CHUNK = 23, 12, 37, 5
@@ -131,7 +132,7 @@ def test_logps_equal_full_logits_under_any_weights(dtype, transform, wrap):
 
 @pytest.mark.parametrize("kept", [0.0, 1.5, 1e9], ids=["none", "the first chunk", "all"])
 def test_what_is_kept_for_the_backward_pass_changes_nothing(kept, monkeypatch):
-    monkeypatch.setitem(linear_logps.KEPT_ELEMENTS, "cpu", int(kept * CHUNK * VOCAB))
+    monkeypatch.setitem(devices.DEVICES, "cpu", replace(devices.CPU, kept_elements=int(kept * CHUNK * VOCAB)))
     hidden, targets, head = make(bias=True)
     inputs, weights = (hidden, *head.parameters()), torch.linspace(-1, 2, N, dtype=torch.float64)
     logps = token_logps(hidden, targets, head, chunk_size=CHUNK)
@@ -292,8 +293,7 @@ def test_columns_and_rows_at_a_time_change_nothing(dtype, monkeypatch):
         return [output.loss_sum, output.correct, logps, *graded[0], *graded[1]]
 
     expected = results()
-    monkeypatch.setitem(linear_head.COLUMNS, "cpu", 4)
-    monkeypatch.setitem(linear_head.BLOCK_ELEMENTS, "cpu", 3 * VOCAB)
+    monkeypatch.setitem(devices.DEVICES, "cpu", replace(devices.CPU, columns=4, block_elements=3 * VOCAB))
     for value, other in zip(results(), expected, strict=True):
         difference = (value.double() - other.double()).norm()
         assert difference <= (1e-10 if dtype == torch.float64 else 5e-3) * other.double().norm()
@@ -388,7 +388,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("way", ["linear", "capped", "wrapped", "logps", "logps wrapped", "naive"])
 def test_no_tensor_of_all_logits(way, loss, training, monkeypatch):
     n, vocab = 512, 2048
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 2 * linear_head.MIN_ROWS * vocab)
+    monkeypatch.setitem(devices.DEVICES, "cpu", replace(devices.CPU, chunk_elements=2 * linear_head.MIN_ROWS * vocab))
     head = nn.Linear(8, vocab)
     called = Wrapped(head) if "wrapped" in way else head
     hidden, targets = torch.randn(n, 8, requires_grad=True), torch.randint(vocab, (n,))
@@ -412,10 +412,10 @@ def test_no_tensor_of_all_logits(way, loss, training, monkeypatch):
 
 
 def test_chunks_cover_every_row_once_and_evenly():
-    device = torch.device("cpu")
+    hidden = torch.empty(0)
     for n in (0, 1, 5, 1000):
         for size in (1, 7, 1000, None):
-            rows = linear_head.chunks(n, 50_000, device, size)
+            rows = linear_head.chunks(n, 50_000, hidden, size)
             assert [i for r in rows for i in range(r.start, r.stop)] == list(range(n))
             lengths = [r.stop - r.start for r in rows] or [0]
             if size is None:  # but for the last, a multiple of 64
@@ -423,7 +423,7 @@ def test_chunks_cover_every_row_once_and_evenly():
                 assert all(length % 64 == 0 for length in lengths[:-1])
             else:
                 assert max(lengths) - min(lengths) <= 1 and max(lengths) <= size
-    assert len(linear_head.chunks(1024, 2**20, device, None)) == 1024 // linear_head.MIN_ROWS
+    assert len(linear_head.chunks(1024, 2**20, hidden, None)) == 1024 // linear_head.MIN_ROWS
 
 
 def test_only_cross_entropy_without_options_is_the_likelihood():

@@ -1,5 +1,7 @@
 """Derivatives of any order and mode through the chunked head, and losses with parameters and metrics of their own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from oumi_pl.errors import UserError
-from oumi_pl.losses import linear_head
+from oumi_pl.losses import devices, linear_head
 from oumi_pl.losses.causal import CrossEntropy, token_logps, token_loss_sum, token_losses
 from oumi_pl.types import TokenLoss
 from tests.losses.test_causal import CHUNK, Focal, Largest, N, Wrapped, assert_close, make, soft_cap
@@ -77,7 +79,7 @@ def test_third_derivatives(name):
 
 def test_second_derivatives_hold_no_tensor_of_all_logits(monkeypatch):
     n, vocab = 512, 2048
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 2 * linear_head.MIN_ROWS * vocab)
+    monkeypatch.setitem(devices.DEVICES, "cpu", replace(devices.CPU, chunk_elements=2 * linear_head.MIN_ROWS * vocab))
     head, targets = nn.Linear(8, vocab), torch.randint(vocab, (n,))
     hidden = torch.randn(n, 8, requires_grad=True)
     with Largest() as largest:

@@ -11,16 +11,20 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from oumi_pl.attention import interface
+from oumi_pl.data.sft import SFTData
+from oumi_pl.data.tokenizers import ByteTokenizer
 from oumi_pl.models import sharding
 from oumi_pl.models.build import build_model
 from oumi_pl.models.fingerprint import weights_fingerprint
+from oumi_pl.models.lm import States
 from oumi_pl.models.recomputation import EveryNth, Offload, Selective
 from oumi_pl.models.sharding import Parts, Sharded, Structure
 from oumi_pl.modules.pretrain import Pretrain
 from oumi_pl.modules.sft import SFT
 from tests.conftest import free_port
 from tests.models.test_lora import plain_tokenizer, pretrained
-from tests.tiny import LLAMA, data, distance, dpo, dpo_data, fit, module, reward, reward_data, sgd
+from tests.tiny import LLAMA, data, distance, dpo, dpo_data, fit, module, reward, reward_data, sgd, write_jsonl
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} | dict.fromkeys(
     ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
@@ -273,6 +277,25 @@ def test_offloaded_parts_are_updated_in_host_memory_and_the_model_runs_on_the_gp
 
 
 # ---- in one process
+
+
+def test_mixed_precision_rounds_no_numbers_of_a_batch_and_copies_no_masks(folder, monkeypatch):
+    """FSDP2 casts what its modules are called with, in copies."""
+    seen, masks = [], []
+    loss_sum, attend = States.loss_sum, interface._attend_blocks
+    monkeypatch.setattr(
+        States, "loss_sum", lambda self, loss: seen.append(self.batch["weights"].clone()) or loss_sum(self, loss)
+    )
+    monkeypatch.setattr(interface, "_attend_blocks", lambda *args: masks.append(args[4]) or attend(*args))
+    rows = [{"prompt": "a question", "completion": f"an answer {i}", "weight": 0.3} for i in range(4)]
+    rows = SFTData(write_jsonl(folder / "weighted.jsonl", rows), tokenizer=ByteTokenizer(), batch_size=4)
+    try:
+        fit(sft(model=str(folder / "llama")), rows, max_steps=1, strategy=Sharded(), precision="bf16-mixed")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {float(weight) for weights in seen for weight in weights} == {float(torch.tensor(0.3))}
+    layers = 2
+    assert len({id(mask) for mask in masks}) <= len(masks) / layers / 2  # called once more in float32, on a CPU
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "experts"])

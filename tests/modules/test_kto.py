@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oumi_pl.data.kto import KTOData
 from oumi_pl.errors import UserError
-from oumi_pl.losses import linear_head
+from oumi_pl.losses import devices, linear_head
 from oumi_pl.losses.responses import APOZeroUnpaired, KTOLoss
 from oumi_pl.models.build import build_model
 from oumi_pl.modules.base import LanguageModule
@@ -454,7 +454,7 @@ sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 import oumi_pl.data.reference
 from lightning.pytorch.strategies import ModelParallelStrategy
-from oumi_pl.losses import linear_head
+from oumi_pl.losses import devices, linear_head
 from oumi_pl.losses.responses import KTOLoss
 from tests.modules.test_dpo import Record
 from tests.modules.test_kto import BETA, ROWS, WEIGHTS, sgd
@@ -544,7 +544,7 @@ class LargestLogits(TorchDispatchMode):
 
 def test_no_tensor_of_all_logits_is_ever_alive(tmp_path, base, monkeypatch):
     """Neither of the rows nor of the mismatched ones, under policy or reference."""
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(devices.DEVICES, "cpu", replace(devices.CPU, chunk_elements=1))
     monkeypatch.setattr(linear_head, "MIN_ROWS", 40)
     module, data = kto(base, sgd, reference="online"), kto_data(tmp_path, 8, batch_size=8)
     with LargestLogits(build_model(base).lm_head.out_features) as logits:
