@@ -54,7 +54,7 @@ def with_rows(matrix: Tensor, multiple: int) -> Tensor:
 
 
 def called(head: nn.Module, states: Tensor) -> Tensor:
-    """Calls a head, with rows of zeros up to a multiple where that is faster; returns the logits `[n, vocab]`."""
+    """The logits `[n, vocab]` of a head that has to be called, for `states` and the zeros that make the rows a multiple."""
     return head(with_rows(states, row_multiple(states, compute_dtype(states))))[: len(states)]
 
 
@@ -86,7 +86,10 @@ def is_transformed(hidden: Tensor, head: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """Log-probabilities of targets: the arguments of an autograd function of the head that get no gradient."""
+    """What is computed from the logits: here the log-probabilities of targets.
+
+    It holds the arguments of an autograd function of the head that get no gradient.
+    """
 
     targets: Tensor
     """`[n]` int64."""
@@ -108,7 +111,7 @@ class Task:
 
 @dataclass(frozen=True)
 class LossTask(Task):
-    """The same, for the sum of a loss."""
+    """What is computed from the logits: a loss of each target, to be summed."""
 
     token_loss: TokenLoss
     weights: Tensor | None = None

@@ -65,7 +65,7 @@ class Settings:
     configs: recipes; later ones win. overrides: options such as `--data.batch_size 4`. devices: number of ranks.
     devices_per_node: ranks of a node; messages to other nodes are slower. real_rows: take the largest micro-batch of
     the recipe's data, which are read and tokenized, instead of the largest rows that its settings allow. on_gpu:
-    whether the output head takes the chunks of a GPU or those of a CPU.
+    whether to plan for GPUs or for this machine's CPU, where head and attention compute in other ways.
     """
 
     configs: tuple[Path, ...]
@@ -124,7 +124,7 @@ def estimate(settings: Settings) -> Estimate:
         parts = parts_of(settings.configs, settings.overrides, settings.devices, with_tokenizer=settings.real_rows)
         if settings.on_gpu:
             stack.enter_context(patch.dict(devices.DEVICES, cpu=devices.GPU))
-            # on a CPU, attention computes in float32
+            # in half precision, a CPU computes the attention of whole rows in float32
             stack.enter_context(patch("oumi_pl.attention.interface._half_precision", lambda query: None))
         try:
             return _Run(parts, settings).estimate()
@@ -214,9 +214,10 @@ def gathered_weights(tracker: Tracker) -> Iterator[None]:
 
 @contextmanager
 def divided_layers() -> Iterator[None]:
-    """Lets layers be divided over a tensor group without values, which meshes of ranks have, but inputs have not.
+    """Lets tensor parallelism divide layers on fake tensors.
 
-    The ranks compare the inputs of a layer to find out whether they are parts, on which no memory depends.
+    Meshes of ranks are computed with real values. Ranks do not compare the inputs of a layer to find out whether they
+    are parts: that needs values, and no memory depends on it.
     """
     concatenate = DeviceMesh._concatenate
 
@@ -320,7 +321,7 @@ class _Run:
             reference.opened = self._opened(reference)  # `open` would load weights, or a pass over the data
 
     def _keep_adapters_in_float32(self) -> None:
-        """Casts the rank's parts of adapters too: assigning to `data` of a DTensor changes its dtype, not its part."""
+        """Casts the rank's parts of adapters too: `p.data = ...` on a DTensor changes its dtype, not its local part."""
         module = self.module
         keep = module.keep_adapters_in_float32
 
