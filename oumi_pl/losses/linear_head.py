@@ -54,7 +54,7 @@ def with_rows(matrix: Tensor, multiple: int) -> Tensor:
 
 
 def called(head: nn.Module, states: Tensor) -> Tensor:
-    """The logits `[n, vocab]` of a head that has to be called, for `states` and the zeros that make the rows a multiple."""
+    """The logits `[n, vocab]` of a head that has to be called; it gets rows of zeros up to a multiple as well."""
     return head(with_rows(states, row_multiple(states, compute_dtype(states))))[: len(states)]
 
 
