@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from oumi_pl.losses.linear_head import COLUMN_MULTIPLE
 from oumi_pl.planning.cards import NODE
+from oumi_pl.planning.moved import moved_bytes
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
 
@@ -103,8 +104,6 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-ALLOCATING = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
-"""Operations that read and write nothing."""
 NAMES = {
     c10d._allgather_base_.default: "all_gather",
     c10d.allgather_.default: "all_gather",
@@ -234,14 +233,12 @@ class Tracker(MemTracker):
                 self.mark(tensor, Kind.COMMUNICATION)
 
     def _count_operation(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        # operations of `prim` only ask for a device, and the others below allocate memory without writing to it
-        if func.is_view or func.namespace == "prim" or func._overloadpacket in ALLOCATING or not tensors:
+        moved = moved_bytes(func, result, args, kwargs)
+        if not moved:
             return
         count = FLOPS.get(func._overloadpacket)
         args = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's counts don't know `out_dtype`
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
-        # a tensor that is changed in place is counted twice: it is read and written
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         factor = tensors[1] if func._overloadpacket is aten.addmm else tensors[0]  # what is added may be in float32
         self.costs.operations[Operation(flops, factor.dtype, moved)] += 1
