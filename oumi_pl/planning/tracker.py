@@ -58,6 +58,8 @@ class Collective(NamedTuple):
     ranks: int
     nodes: int = 1
     """Nodes that these ranks are on."""
+    is_waited_for: bool = False
+    """Whether the next operation needs what it brings. Others are sent while the card computes."""
 
     @property
     def sent(self) -> float:
@@ -124,17 +126,26 @@ class Tracker(MemTracker):
     the root per update: references and micro-batches need several.
 
     Args:
-        columns: Tensors whose last dimension is one of these are the head's chunk of logits.
+        columns: Matrices of floating-point numbers with so many columns, or with the next multiple of
+            `COLUMN_MULTIPLE`, are the head's chunk of logits, while what is allocated counts as activations.
         ranks_per_node: Ranks on a node, which are consecutive.
         offloaded: What is kept in host memory, which is not counted.
+        layer_ranks: The ranks that compute each layer together, if there are several. They wait for their messages.
     """
 
-    def __init__(self, columns: Collection[int], ranks_per_node: int = NODE, offloaded: Collection[Kind] = ()) -> None:
+    def __init__(
+        self,
+        columns: Collection[int],
+        ranks_per_node: int = NODE,
+        offloaded: Collection[Kind] = (),
+        layer_ranks: Collection[int] = (),
+    ) -> None:
         super().__init__()
         self._on_device = [kind for kind in Kind if kind not in offloaded]
         self._ref_class = Kind
         self._is_paused = False
         self._ranks_per_node = ranks_per_node
+        self._layer_ranks = set(layer_ranks)
         self.costs = Costs()
         self.kind = Kind.ACTIVATIONS
         """The kind of what is allocated now."""
@@ -185,7 +196,8 @@ class Tracker(MemTracker):
     def count_message(self, name: str, size: int, ranks: Sequence[int]) -> None:
         """Counts a collective of a whole tensor, in bytes, among these ranks of the run."""
         nodes = len({rank // self._ranks_per_node for rank in ranks})
-        self.costs.collectives[Collective(name, size, len(ranks), nodes)] += 1
+        message = Collective(name, size, len(ranks), nodes, is_waited_for=set(ranks) == self._layer_ranks)
+        self.costs.collectives[message] += 1
 
     @property
     def peak(self) -> dict[Kind, int]:

@@ -154,6 +154,7 @@ def test_the_messages_of_fsdp2_are_weights_and_gradients(tmp_path):
     assert sizes["reduce_scatter"] == pytest.approx(7 / 8 * 4 * WEIGHTS, rel=0.01)
     layers = 4 * (LINEAR + 2 * LAYERS * HIDDEN)  # gathered again for the backward pass
     assert sizes["all_gather"] == pytest.approx(7 / 8 * (4 * WEIGHTS + layers), rel=0.01)
+    assert not any(message.is_waited_for for message in plan.costs.collectives)
 
 
 @pytest.mark.parametrize(("devices", "of_node", "nodes"), [(16, 8, 2), (8, 4, 2), (8, 8, 1)])
@@ -181,8 +182,11 @@ def test_ranks_of_a_tensor_group_share_products_weights_and_rows(tmp_path):
         assert two.held[kind] == pytest.approx(one.held[kind] / 2, rel=0.01)
         assert four.held[kind] == pytest.approx(one.held[kind] / 4, rel=0.02)
     # two for each layer in both passes, and one for embeddings
-    of_all_tokens = [n for m, n in two.costs.collectives.items() if m.size == 4 * ROWS * TOKENS * HIDDEN]
-    assert of_all_tokens == [4 * LAYERS + 1]
+    of_all_tokens = [(m, n) for m, n in two.costs.collectives.items() if m.size == 4 * ROWS * TOKENS * HIDDEN]
+    assert [n for _, n in of_all_tokens] == [4 * LAYERS + 1]
+    assert all(message.is_waited_for for message, _ in of_all_tokens)
+    overlapped = {message.name for message in four.costs.collectives if not message.is_waited_for}
+    assert overlapped >= {"all_gather", "reduce_scatter"}  # of FSDP2
     assert two.peak[Kind.HEAD] > 0
 
 
