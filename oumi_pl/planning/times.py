@@ -22,15 +22,25 @@ def compute_seconds(costs: Costs, card: Card, fraction: float) -> float:
     return total / fraction
 
 
-def message_seconds(costs: Costs, card: Card, fraction: float) -> float:
-    """Seconds of the messages among ranks. The arguments are those of `compute_seconds`."""
-    sent = (
-        (times * collective.sent, card.link if collective.nodes == 1 else NETWORK)
+def message_seconds(costs: Costs, card: Card, fraction: float, *, waited_for: bool) -> float:
+    """Seconds of the messages among ranks.
+
+    Args:
+        costs: Of an update on one rank.
+        card: The card.
+        fraction: The share of the card's peak that messages reach.
+        waited_for: Whether to take those that the card waits for, or those that are sent while it computes.
+    """
+    between_nodes = min(card.link, NETWORK)  # what goes to another node leaves the card by its link
+    total = sum(
+        times * collective.sent / (card.link if collective.nodes == 1 else between_nodes)
         for collective, times in costs.collectives.items()
+        if collective.is_waited_for == waited_for
     )
-    return sum(size / speed for size, speed in sent) / fraction
+    return total / fraction
 
 
 def seconds(costs: Costs, card: Card, fraction: float) -> float:
-    """Seconds of an update, whose messages are sent while it computes."""
-    return max(compute_seconds(costs, card, fraction), message_seconds(costs, card, fraction))
+    """Seconds of an update. Weights and their gradients are sent while it computes, activations are waited for."""
+    overlapped, waited_for = (message_seconds(costs, card, fraction, waited_for=waits) for waits in (False, True))
+    return max(compute_seconds(costs, card, fraction), overlapped) + waited_for

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from oumi_pl.losses.linear_head import COLUMN_MULTIPLE
 from oumi_pl.planning.cards import NODE
+from oumi_pl.planning.moved import moved_bytes
 
 aten, c10d, functional = torch.ops.aten, torch.ops.c10d, torch.ops._c10d_functional
 
@@ -57,6 +58,8 @@ class Collective(NamedTuple):
     ranks: int
     nodes: int = 1
     """Nodes that these ranks are on."""
+    is_waited_for: bool = False
+    """Whether the next operation needs what it brings. Others are sent while the card computes."""
 
     @property
     def sent(self) -> float:
@@ -103,8 +106,6 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-ALLOCATING = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
-"""Operations that read and write nothing."""
 NAMES = {
     c10d._allgather_base_.default: "all_gather",
     c10d.allgather_.default: "all_gather",
@@ -125,17 +126,26 @@ class Tracker(MemTracker):
     the root per update: references and micro-batches need several.
 
     Args:
-        columns: Tensors whose last dimension is one of these are the head's chunk of logits.
+        columns: Matrices of floating-point numbers with so many columns, or with the next multiple of
+            `COLUMN_MULTIPLE`, are the head's chunk of logits, while what is allocated counts as activations.
         ranks_per_node: Ranks on a node, which are consecutive.
         offloaded: What is kept in host memory, which is not counted.
+        layer_ranks: The ranks that compute each layer together, if there are several. They wait for their messages.
     """
 
-    def __init__(self, columns: Collection[int], ranks_per_node: int = NODE, offloaded: Collection[Kind] = ()) -> None:
+    def __init__(
+        self,
+        columns: Collection[int],
+        ranks_per_node: int = NODE,
+        offloaded: Collection[Kind] = (),
+        layer_ranks: Collection[int] = (),
+    ) -> None:
         super().__init__()
         self._on_device = [kind for kind in Kind if kind not in offloaded]
         self._ref_class = Kind
         self._is_paused = False
         self._ranks_per_node = ranks_per_node
+        self._layer_ranks = set(layer_ranks)
         self.costs = Costs()
         self.kind = Kind.ACTIVATIONS
         """The kind of what is allocated now."""
@@ -186,7 +196,8 @@ class Tracker(MemTracker):
     def count_message(self, name: str, size: int, ranks: Sequence[int]) -> None:
         """Counts a collective of a whole tensor, in bytes, among these ranks of the run."""
         nodes = len({rank // self._ranks_per_node for rank in ranks})
-        self.costs.collectives[Collective(name, size, len(ranks), nodes)] += 1
+        message = Collective(name, size, len(ranks), nodes, is_waited_for=set(ranks) == self._layer_ranks)
+        self.costs.collectives[message] += 1
 
     @property
     def peak(self) -> dict[Kind, int]:
@@ -234,14 +245,12 @@ class Tracker(MemTracker):
                 self.mark(tensor, Kind.COMMUNICATION)
 
     def _count_operation(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        # operations of `prim` only ask for a device, and the others below allocate memory without writing to it
-        if func.is_view or func.namespace == "prim" or func._overloadpacket in ALLOCATING or not tensors:
+        moved = moved_bytes(func, result, args, kwargs)
+        if not moved:
             return
         count = FLOPS.get(func._overloadpacket)
         args = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's counts don't know `out_dtype`
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
-        # a tensor that is changed in place is counted twice: it is read and written
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         factor = tensors[1] if func._overloadpacket is aten.addmm else tensors[0]  # what is added may be in float32
         self.costs.operations[Operation(flops, factor.dtype, moved)] += 1

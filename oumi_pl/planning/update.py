@@ -259,8 +259,12 @@ class _Run:
             self._build()
         vocab = len(self.module.causal_lm.base.get_input_embeddings().weight)
         strategy = self.trainer.strategy
-        columns = {vocab, vocab // strategy.tensor} if isinstance(strategy, Sharded) else {vocab}
-        tracker = Tracker(columns, self.settings.devices_per_node, HELD if self.is_offloaded else ())
+        columns, layer_ranks = {vocab}, []
+        if isinstance(strategy, Sharded) and strategy.tensor > 1:
+            columns.add(vocab // strategy.tensor)
+            layer_ranks = dist.get_process_group_ranks(strategy.device_mesh.get_group("tensor"))
+        offloaded = HELD if self.is_offloaded else ()
+        tracker = Tracker(columns, self.settings.devices_per_node, offloaded, layer_ranks)
         with self.mode, tracker, gathered_weights(tracker), divided_layers(), self._offloaded_activations(tracker):
             batch = self._prepare(tracker, batch)
             phases = self._update(tracker, batch)

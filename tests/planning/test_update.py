@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -153,6 +154,7 @@ def test_the_messages_of_fsdp2_are_weights_and_gradients(tmp_path):
     assert sizes["reduce_scatter"] == pytest.approx(7 / 8 * 4 * WEIGHTS, rel=0.01)
     layers = 4 * (LINEAR + 2 * LAYERS * HIDDEN)  # gathered again for the backward pass
     assert sizes["all_gather"] == pytest.approx(7 / 8 * (4 * WEIGHTS + layers), rel=0.01)
+    assert not any(message.is_waited_for for message in plan.costs.collectives)
 
 
 @pytest.mark.parametrize(("devices", "of_node", "nodes"), [(16, 8, 2), (8, 4, 2), (8, 8, 1)])
@@ -180,8 +182,11 @@ def test_ranks_of_a_tensor_group_share_products_weights_and_rows(tmp_path):
         assert two.held[kind] == pytest.approx(one.held[kind] / 2, rel=0.01)
         assert four.held[kind] == pytest.approx(one.held[kind] / 4, rel=0.02)
     # two for each layer in both passes, and one for embeddings
-    of_all_tokens = [n for m, n in two.costs.collectives.items() if m.size == 4 * ROWS * TOKENS * HIDDEN]
-    assert of_all_tokens == [4 * LAYERS + 1]
+    of_all_tokens = [(m, n) for m, n in two.costs.collectives.items() if m.size == 4 * ROWS * TOKENS * HIDDEN]
+    assert [n for _, n in of_all_tokens] == [4 * LAYERS + 1]
+    assert all(message.is_waited_for for message, _ in of_all_tokens)
+    overlapped = {message.name for message in four.costs.collectives if not message.is_waited_for}
+    assert overlapped >= {"all_gather", "reduce_scatter"}  # of FSDP2
     assert two.peak[Kind.HEAD] > 0
 
 
@@ -335,3 +340,70 @@ def test_only_operations_that_read_or_write_count_as_moved_memory():
         assert not tracker.costs.operations
         values + 1
     assert [operation.moved for operation in tracker.costs.operations] == [800]
+
+
+A, B, SUM = 8 * 16, 16 * 4, 8 * 4
+"""Elements of the factors and of the sum in `MOVED`."""
+MOVED = {
+    "mm": (lambda x: torch.mm(x.a, x.b), A + B + SUM),
+    "mm, out": (lambda x: torch.mm(x.a, x.b, out=x.sum), A + B + SUM),
+    "addmm, out": (lambda x: torch.addmm(x.sum, x.a, x.b, out=x.sum), A + B + 2 * SUM),
+    "addmm_": (lambda x: x.sum.addmm_(x.a, x.b), A + B + 2 * SUM),
+    "copy_": (lambda x: x.a.copy_(x.same), 2 * A),
+    "fill_": (lambda x: x.a.fill_(1), A),
+    "zero_": (lambda x: x.a.zero_(), A),
+    "zeros_like": (lambda x: torch.zeros_like(x.a), A),
+    "add_": (lambda x: x.a.add_(x.same), 3 * A),
+    "_foreach_mul_": (lambda x: torch._foreach_mul_([x.a, x.b], 2.0), 2 * (A + B)),
+    "of an expanded column": (lambda x: x.a * x.a[:, :1].expand(8, 16), 2 * A + 8),
+    "detach": (lambda x: x.a.detach(), 0),
+    "linear layer of 3 dimensions": (lambda x: torch.nn.functional.linear(x.a.view(2, 4, 16), x.b.t()), A + B + SUM),
+    # indices have 64 bits
+    "embedding": (lambda x: torch.nn.functional.embedding(x.ids, x.table), 2 * 3 + 2 * 3 * 16),
+    "index_select": (lambda x: x.table.index_select(0, x.ids), 2 * 3 + 2 * 3 * 16),
+    "index": (lambda x: x.table[x.ids], 2 * 3 + 2 * 3 * 16),
+    "gather": (lambda x: x.a.gather(1, x.columns), 2 * 8 + 2 * 8),
+    "scatter_add_": (lambda x: x.a.scatter_add_(1, x.columns, x.a[:, :1]), 2 * 8 + 3 * 8),
+    "index_put_": (lambda x: x.table.index_put_((x.ids,), x.a[:3]), 2 * 3 + 3 * 3 * 16),
+}
+"""Name -> an operation, and the float32 numbers that it reads and writes."""
+
+
+@pytest.mark.parametrize(("operation", "numbers"), MOVED.values(), ids=MOVED)
+def test_an_operation_counts_what_it_reads_and_writes(operation, numbers):
+    tracker = Tracker(())
+    with FakeTensorMode():
+        values = {"a": (8, 16), "same": (8, 16), "b": (16, 4), "sum": (8, 4), "table": (1000, 16)}
+        floats = {name: torch.empty(shape) for name, shape in values.items()}
+        ids, columns = torch.zeros(3, dtype=torch.int64), torch.zeros(8, 1, dtype=torch.int64)
+        with tracker:
+            operation(SimpleNamespace(**floats, ids=ids, columns=columns))
+    assert sum(n * counted.moved for counted, n in tracker.costs.operations.items()) == 4 * numbers
+
+
+@pytest.mark.parametrize(("scaled", "times"), [(False, 7), (True, 8)])
+def test_a_fused_step_reads_gradients_and_changes_the_rest(scaled, times):
+    tracker = Tracker(())
+    with FakeTensorMode():
+        weight, gradient, first, second = (torch.empty(100) for _ in range(4))
+        step = torch.empty(())
+        options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+        scale = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())} if scaled else {}
+        with tracker:
+            torch._fused_adamw_(
+                *([weight], [gradient], [first], [second], [], [step]),
+                **options,
+                amsgrad=False,
+                maximize=False,
+                **scale,
+            )
+    (counted,) = tracker.costs.operations
+    assert counted.moved == 4 * (times * 100 + 1 + len(scale))
+
+
+def test_weights_are_copied_into_the_buffer_that_is_gathered():
+    tracker = Tracker(())
+    with FakeTensorMode(), tracker:
+        weights, buffer = [torch.empty(30), torch.empty(20)], torch.empty(8 * 50)
+        torch.ops.fsdp.all_gather_copy_in(weights, buffer, [30, 20], 50, 0)
+    assert [counted.moved for counted in tracker.costs.operations] == [2 * 4 * 50]
