@@ -101,9 +101,16 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Checks recipes and options, then parses them."""
         checker = Checker(options(self._subcommand_parsers[self.command]))
-        for tree in self.trees:
-            checker.check_recipe(tree)
-        checker.check_options(read_options(args[1:]))
+        typed = read_options(args[1:])
+        files = [value for flag, value in typed if flag == "--config"]
+        for i, tree in enumerate(self.trees):
+            try:
+                checker.check_recipe(tree)
+            except UserError as error:
+                if len(files) < 2 or len(files) != len(self.trees):
+                    raise
+                raise UserError(f"{files[i]}: {error}") from error
+        checker.check_options(typed)
         super().parse_arguments(parser, self.with_initial_model(args))
         refuse_seed(self.config[self.command].get("seed_everything"))
 

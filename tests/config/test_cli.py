@@ -87,6 +87,14 @@ def test_several_recipes_merge_and_the_later_wins(cli):
     assert cli.state("runs/merged")["recipe"] == "r-more"
 
 
+def test_a_mistake_in_one_of_several_recipes_names_its_file(cli):
+    cli.recipe()
+    cli.write("second.yaml", "trainer: {max_stepz: 1}\n")
+    message = cli.fails("fit", "--config", "r.yaml", "--config", "second.yaml")
+    assert message.startswith("error: second.yaml: trainer.max_stepz: unknown key")
+    assert cli.fails("fit", "--config", "second.yaml").startswith("error: trainer.max_stepz: unknown key")
+
+
 def test_resume_looks_where_the_recipe_puts_its_runs(cli):
     cli.recipe({"runs_dir": "elsewhere"})
     cli.works(*FIT)
