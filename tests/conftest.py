@@ -27,18 +27,23 @@ def free_port() -> str:
     raise AssertionError("no port is free")
 
 
-@pytest.fixture(autouse=True)
-def own_port(monkeypatch):
-    """A run on several processes leaves its port in the environment, where the next one would find it taken."""
-    for name in ("MASTER_ADDR", "NODE_RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_PORT", free_port())
+LEFT_BY_RUNS = ("MASTER_ADDR", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
+"""What a run leaves in the environment: the next one would take itself for one of its ranks, or draw its order from its
+seed."""
+
+
+def forget_runs() -> None:
+    for name in LEFT_BY_RUNS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
-def own_seed(monkeypatch):
-    """A run leaves its seed in the environment, where the next one would draw its order from it."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+def own_environment(monkeypatch):
+    """For good, not until the end of the test: what a module's fixture starts is not within a test."""
+    forget_runs()
+    monkeypatch.setenv("MASTER_PORT", free_port())  # that of an earlier run is taken
+    yield
+    forget_runs()
 
 
 DRAWN = (
