@@ -234,7 +234,7 @@ class Inputs(TypedDict):
 
     Padded inputs have an `attention_mask` and `lengths`. Packed ones have one row (`batch` = 1) and `segments`. Rows of
     equal length, one document each, need none of them. What is known on the host is kept there, since reading a GPU's
-    tensor would wait for all that it computes.
+    tensor would wait for all work that is queued on it.
     """
 
     input_ids: torch.Tensor  # [batch, seq] int64

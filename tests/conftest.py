@@ -27,7 +27,7 @@ def free_port() -> str:
     raise AssertionError("no port is free")
 
 
-LEFT_BY_RUNS = ("MASTER_ADDR", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
+LEFT_BY_RUNS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
 """What a run leaves in the environment: the next one would take itself for one of its ranks, or draw its order from its
 seed."""
 
@@ -39,7 +39,7 @@ def forget_runs() -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """For good, not until the end of the test: what a module's fixture starts is not within a test."""
+    """Removed without being restored, as `monkeypatch` would: fixtures of modules start runs outside of any test."""
     forget_runs()
     monkeypatch.setenv("MASTER_PORT", free_port())  # that of an earlier run is taken
     yield

@@ -42,7 +42,7 @@ def token_inputs(batch: Batch, layout: Layout, *, labels_are_shifted: bool = Fal
     shift_labels = torch.full_like(arranged.inputs["input_ids"], IGNORE_INDEX)
     shift_labels.view(-1)[_predictors(batch, arranged)] = batch["targets"]
     labels = torch.nn.functional.pad(shift_labels, (1, 0), value=IGNORE_INDEX)[:, :-1]
-    inputs: dict[str, Any] = {name: value for name, value in arranged.inputs.items() if name != "segments"}
+    inputs: dict[str, Any] = {name: value for name, value in arranged.inputs.items() if isinstance(value, torch.Tensor)}
     inputs |= {"labels": shift_labels if labels_are_shifted else labels, "shift_labels": shift_labels}
     return EngineBatch(inputs, batch)
 

@@ -175,12 +175,12 @@ def attend(
     if not torch.compiler.is_compiling() and current_blocks.get() is not None:
         name = type(module).__name__
         raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
-    is_whole = attention_mask is None and query.shape[2] == key.shape[2]  # neither padded nor with a cache
+    is_whole = query.shape[2] == key.shape[2] and (attention_mask is None or attention_mask.dtype == torch.bool)
     if is_whole and query.device.type == "cpu" and (dtype := _half_precision(query)):
         # as for packed rows: see `_attend_blocks`
         with torch.autocast("cpu", enabled=False):
             query, key, value = query.float(), key.float(), value.float()
-            output, _ = sdpa_attention_forward(module, query, key, value, None, **settings)
+            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return output.to(dtype), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
@@ -204,7 +204,7 @@ def _attend_blocks(  # noqa: PLR0917
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if varlen_fits(query, value, blocks, settings):
         return attend_varlen(query, key, value, blocks, settings.get("scaling"))
-    # One call per block, with the shapes it would have alone: same kernels, same rounding (but for low precision on a
+    # One call per block, with the shapes it would have alone: same kernels, same rounding (but for half precision on a
     # CPU, see above), and no `seq x seq` mask.
     # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
     queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))

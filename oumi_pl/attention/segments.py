@@ -123,7 +123,7 @@ def packed(segments: Sequence[Segment] | None) -> Iterator[None]:
 class Blocks:
     """Takes the place of the mask in transformers' models: says which tokens see each other.
 
-    Not a dataclass: FSDP2 makes a copy of each one that it passes to a layer, without what is cached.
+    Not a dataclass on purpose: FSDP2 copies those for each layer, which would compute the cached properties again.
 
     Args:
         blocks: Of the whole row, in order.

@@ -29,7 +29,7 @@ from oumi_pl.losses.linear_head import (
     TokenLossOfHead,
     Transform,
     at_target,
-    called,
+    call_head,
     checked_losses,
     chunks,
     full_precision,
@@ -248,7 +248,7 @@ def token_losses(
 
 def _loss_of_chunk(task: LossTask, head: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     def of_chunk(states: Tensor, wanted: Tensor, weights: Tensor | None) -> tuple[Tensor, ...]:
-        logits = transformed(called(head, states), task.transform)
+        logits = transformed(call_head(head, states), task.transform)
         task.measure(logits, wanted, weights)
         return checked_losses(task.token_loss, logits, wanted), is_largest(logits, wanted)
 
@@ -278,7 +278,7 @@ def token_logps(
         return LinearLogps.apply(hidden, tensors.weight, tensors.bias, task)
 
     def of_chunk(states: Tensor, wanted: Tensor, _: None) -> tuple[Tensor, ...]:
-        logits = transformed(called(head, states), transform)
+        logits = transformed(call_head(head, states), transform)
         return (at_target(logits, wanted) - logits.logsumexp(-1),)
 
     return _by_chunks(of_chunk, hidden, targets, head, chunk_size)[0]

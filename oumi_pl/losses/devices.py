@@ -18,7 +18,8 @@ class Device:
     kept_elements: int = 0
     """Entries of a softmax that are kept for the backward pass; the rest is recomputed."""
     row_multiple: int = 1
-    """Chunks have a multiple of so many rows, but for the last one; products in half precision have it always."""
+    """Chunks have a multiple of so many rows, but for the last one and those of a size that the user sets. Products in
+    half precision get rows of zeros up to such a multiple."""
     is_in_place: bool = False
     """Whether a softmax overwrites the logits."""
     has_mixed_addmm: bool = False
@@ -44,5 +45,5 @@ def device_of(tensor: torch.Tensor) -> Device:
 
 
 def row_multiple(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """The number of rows of which matrix products in `dtype` have a multiple, on the device of a tensor."""
+    """Products in `dtype` get rows of zeros up to a multiple of this on the device of a tensor; 1 if they get none."""
     return device_of(tensor).row_multiple if dtype in (torch.bfloat16, torch.float16) else 1

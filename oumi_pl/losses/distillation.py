@@ -25,7 +25,7 @@ from oumi_pl.losses.linear_head import (
     LinearHead,
     Transform,
     at_target,
-    called,
+    call_head,
     chunks,
     full_precision,
     graph_is_kept,
@@ -150,7 +150,7 @@ class TeacherHead(Outcomes):
     @torch.no_grad()
     def logps(self, rows: slice) -> tuple[None, Tensor]:
         """Runs the head."""
-        logits = transformed(called(self.head, self.hidden[rows]), self.transform)[:, : self.vocab]
+        logits = transformed(call_head(self.head, self.hidden[rows]), self.transform)[:, : self.vocab]
         return None, (logits / self.temperature if self.temperature != 1 else logits).log_softmax(-1)
 
 
@@ -263,7 +263,7 @@ def distillation_sums(
     for rows in _chunks(task, hidden, getattr(head, "out_features", None) or 2**17):
 
         def of_chunk(states: Tensor, rows: slice = rows) -> tuple[Tensor, ...]:
-            return _of_chunk(task, transformed(called(head, states), transform), rows)
+            return _of_chunk(task, transformed(call_head(head, states), transform), rows)
 
         losses.append(checkpoint(of_chunk, hidden[rows], use_reentrant=False))
     return DistillationSums(*(torch.stack(column).sum() for column in zip(*losses, strict=True)))

@@ -47,15 +47,15 @@ def chunks(n: int, vocab: int, like: Tensor, chunk_size: int | None) -> list[sli
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
-def with_rows(matrix: Tensor, multiple: int) -> Tensor:
+def pad_rows(matrix: Tensor, multiple: int) -> Tensor:
     """Appends rows of zeros to a matrix, up to a multiple; returns the same one if there is nothing to append."""
     more = -len(matrix) % multiple
     return torch.nn.functional.pad(matrix, (0, 0, 0, more)) if more else matrix
 
 
-def called(head: nn.Module, states: Tensor) -> Tensor:
+def call_head(head: nn.Module, states: Tensor) -> Tensor:
     """The logits `[n, vocab]` of a head that has to be called; it gets rows of zeros up to a multiple as well."""
-    return head(with_rows(states, row_multiple(states, compute_dtype(states))))[: len(states)]
+    return head(pad_rows(states, row_multiple(states, compute_dtype(states))))[: len(states)]
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
@@ -176,7 +176,7 @@ class LinearHead:
 
     def states(self, rows: slice) -> Tensor:
         """A slice of the hidden states, with rows of zeros up to a multiple of `multiple`."""
-        return with_rows(self.hidden[rows], self.multiple)
+        return pad_rows(self.hidden[rows], self.multiple)
 
     def logits(self, rows: slice) -> Tensor:
         """Computes the logits `[rows, vocab]` of a slice of the hidden states."""
@@ -184,7 +184,7 @@ class LinearHead:
         if self._buffer is None or len(self._buffer) < len(states):
             # One buffer, because allocating memory pages costs more than a softmax. Rows begin at aligned addresses:
             # with an odd vocabulary the product took 1.5 times longer otherwise (float32, MKL).
-            # One row more, since chunks of a given size may differ by one.
+            # One row more, since chunks of a size that the user sets may differ by one.
             width = -(-self.vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
             self._buffer = torch.empty(len(states) + 1, width, dtype=self.dtype, device=states.device)
         out = self._buffer[: len(states), : self.vocab]
@@ -254,7 +254,7 @@ class HeadGradients:
         """
         of_states = torch.zeros_like(states, dtype=full_precision(low.dtype))
         for columns in self._head.columns():
-            part = with_rows(low[:, columns], self._head.multiple)
+            part = pad_rows(low[:, columns], self._head.multiple)
             if self._hidden is not None:
                 of_states += part @ self._head.weight[columns]
             if self._weight is not None:
@@ -342,7 +342,7 @@ class TokenLossOfHead(torch.autograd.Function):
         for chunk in rows:
             states = hidden[chunk].detach().requires_grad_(with_gradients)
             with torch.set_grad_enabled(with_gradients):
-                logits = called(head, states)
+                logits = call_head(head, states)
             if not with_gradients:
                 loss, hit = without_gradient(task, logits, chunk)
             else:

@@ -23,7 +23,7 @@ from oumi_pl.attention.segments import path_positions
 from oumi_pl.errors import UserError
 from oumi_pl.losses.causal import TokenLossOutput, token_logps, token_loss_sum, token_losses
 from oumi_pl.losses.devices import row_multiple
-from oumi_pl.losses.linear_head import compute_dtype, transformed
+from oumi_pl.losses.linear_head import call_head, compute_dtype, transformed
 from oumi_pl.models.fp8 import exact_products
 from oumi_pl.types import Batch, Inputs, Segment, TokenLoss
 
@@ -94,24 +94,28 @@ def padded(batch: Batch) -> Arranged:
     return Arranged(inputs, _tensor(_own_places(segments, width * np.arange(len(segments))), batch))
 
 
-def padded_to_few_lengths(inputs: Inputs, isolates: bool) -> Inputs:
+def padded_to_few_lengths(inputs: Inputs, has_own_attention: bool, longest: int | None = None) -> Inputs:
     """Pads rows on the right to one of a few lengths, by less than 1/16 or at most 7 tokens.
 
     The model's output beyond the width that the rows had means nothing. oneDNN compiles a kernel for each shape of a
     product in half precision on a CPU, which takes longer than the product itself, and keeps the last 1,024 of them, of
     about 0.5 MB each. Almost every packed row has a new length.
 
-    Rows without a mask that can't be told apart from the padding stay as they are. So do several documents of equal
-    length, as in pretraining, where all batches have one shape.
+    Inputs with neither a mask nor segments are not padded, as the model could not tell padding from tokens: several
+    documents of equal length, and one document for other attention than ours.
 
     Args:
         inputs: Of a model, in any layout.
-        isolates: Whether the model's attention is ours, which keeps the segments of a row apart.
+        has_own_attention: Whether the model's attention is ours, which keeps the segments of a row apart.
+        longest: Tokens of the longest row of the data, for which the model has positions: one row per document gets no
+            longer.
     """
     ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
     rows, width = ids.shape
-    segments = inputs.get("segments", [Segment(width)] if rows == 1 and isolates else None)
+    segments = inputs.get("segments", [Segment(width)] if rows == 1 and has_own_attention else None)
     more = -width % max(8, 2 ** ((width - 1).bit_length() - 5))  # 16 lengths from one power of two to the next
+    if mask is not None and longest is not None:
+        more = min(more, max(0, longest - width))
     if not more or (mask is None and segments is None):
         return inputs
     longer: Inputs = {**inputs, "input_ids": F.pad(ids, (0, more)), "position_ids": F.pad(places, (0, more))}
@@ -221,7 +225,7 @@ class States:
 
         All of them are in memory at once, which training avoids.
         """
-        return transformed(self.lm.head(self.predicting), self.lm.logit_transform)
+        return transformed(call_head(self.lm.head, self.predicting), self.lm.logit_transform)
 
     def logps(self, temperature: float = 1.0) -> Tensor:
         """Log-probability of each target at a temperature, `[targets]` float32, differentiable."""
@@ -255,6 +259,7 @@ class LM(nn.Module):
         self.layout_reason = layout_reason
         """Why no cheaper layout could be used; empty for `forest`."""
         self.base.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
+        self._longest: int | None = None
         self._kept: frozenset[str] = frozenset()
         self._is_fixed = False
 
@@ -317,9 +322,10 @@ class LM(nn.Module):
         """Runs the model up to its last hidden states."""
         arranged = self.layout(batch)
         inputs, width = arranged.inputs, arranged.inputs["input_ids"].shape[1]
-        # a router loss is a mean over all positions
+        # not with a router loss, which would count the padding of packed rows
         if self._has_kernel_per_shape() and not self._router_coefficient:
-            inputs = padded_to_few_lengths(inputs, isolates=self.base.config._attn_implementation == NAME)
+            has_own_attention = self.base.config._attn_implementation == NAME
+            inputs = padded_to_few_lengths(inputs, has_own_attention, self._longest)
         hidden, router_loss = self.hidden_states(inputs)
         return States(self, batch, arranged, hidden[:, :width], router_loss)
 
@@ -334,6 +340,7 @@ class LM(nn.Module):
             share: Whether to try to compute shared tokens once.
             longest: Tokens of the longest row.
         """
+        self._longest = longest
         with exact_products(self):
             self.layout, why = self.gathered(lambda: choose_layout(self.hf, share, longest))
         # a right layout was found, so what to change for another one is left out
@@ -343,7 +350,7 @@ class LM(nn.Module):
             self.base.set_attn_implementation(plain)
 
     def positions(self, batch: Batch) -> int:
-        """Positions that are computed for a batch, padding and repeated tokens included."""
+        """Positions that the layout has for a batch, padding and repeated tokens included."""
         return positions(batch, self.layout)
 
     # ---- the Hugging Face model

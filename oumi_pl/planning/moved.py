@@ -34,7 +34,7 @@ PUTTING = (
     *(aten.scatter_, aten.scatter_add_, aten.scatter_reduce_),
     *(aten.index_put_, aten._index_put_impl_, aten.index_add_, aten.index_copy_),
 )
-"""Operations that change no more elements of their first argument than the largest of the others has."""
+"""Operations that change about as many elements of their first argument as the largest of the others has."""
 
 
 def moved_bytes(func: Any, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -67,8 +67,8 @@ def moved_bytes(func: Any, result: Any, args: Sequence[Any], kwargs: Mapping[str
     moved = sum(_size(one) for one, returned in zip(results, schema.returns, strict=True) if not returned.is_write)
     for argument, size in zip(schema.arguments, sizes, strict=True):
         # fused optimizers write to gradients only to divide them by the scale of float16
-        is_scaled = argument.name != "grads" or kwargs.get("grad_scale") is not None
-        is_written = argument.is_write and is_scaled
+        is_left = argument.name == "grads" and kwargs.get("grad_scale") is None
+        is_written = argument.is_write and not is_left
         is_read = not (argument.is_out or (is_written and packet in OVERWRITING))
         moved += size * (is_read + is_written)
     return moved

@@ -42,5 +42,6 @@ def message_seconds(costs: Costs, card: Card, fraction: float, *, waited_for: bo
 
 def seconds(costs: Costs, card: Card, fraction: float) -> float:
     """Seconds of an update. Weights and their gradients are sent while it computes, activations are waited for."""
-    overlapped, waited_for = (message_seconds(costs, card, fraction, waited_for=waits) for waits in (False, True))
-    return max(compute_seconds(costs, card, fraction), overlapped) + waited_for
+    overlapped = message_seconds(costs, card, fraction, waited_for=False)
+    waited = message_seconds(costs, card, fraction, waited_for=True)
+    return max(compute_seconds(costs, card, fraction), overlapped) + waited

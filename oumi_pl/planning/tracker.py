@@ -130,7 +130,8 @@ class Tracker(MemTracker):
             `COLUMN_MULTIPLE`, are the head's chunk of logits, while what is allocated counts as activations.
         ranks_per_node: Ranks on a node, which are consecutive.
         offloaded: What is kept in host memory, which is not counted.
-        layer_ranks: The ranks that compute each layer together, if there are several. They wait for their messages.
+        layer_ranks: The ranks that compute each layer together, if there are several. Messages among exactly these are
+            waited for.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ its files in a pickle, which could call any function.
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ ALLOWED = {
     "builtins": {"set", "frozenset"},
 }
 """Module -> the names that the description of a sharded checkpoint may use."""
+ENUM_MEMBER = ("builtins", "getattr")
+"""How Python 3.11.0 to 3.11.3 pickle a member of an enum."""
 VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -49,7 +52,16 @@ class _Unpickler(pickle.Unpickler):
             return value
         if module in ALLOWED and name.isidentifier() and (ALLOWED[module] is None or name in (ALLOWED[module] or ())):
             return super().find_class(module, name)
+        if (module, name) == ENUM_MEMBER:
+            return _member
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _member(enum: Any, name: Any) -> Any:
+    """A member of an enum, in the place of `getattr`, which finds anything."""
+    if not isinstance(enum, EnumMeta) or name not in enum.__members__:
+        raise pickle.UnpicklingError(f"it names getattr({enum!r}, {name!r}), which no checkpoint needs")
+    return enum[name]
 
 
 def refuse_code(path: Path) -> None:

@@ -423,6 +423,10 @@ def test_chunks_cover_every_row_once_and_evenly():
                 assert all(length % 64 == 0 for length in lengths[:-1])
             else:
                 assert max(lengths) - min(lengths) <= 1 and max(lengths) <= size
+    for like, lengths in ((hidden, [256, 256, 256, 233]), (hidden.to("meta"), [1001])):
+        assert [rows.stop - rows.start for rows in linear_head.chunks(1001, 50_000, like, None)] == lengths
+    gpu = linear_head.chunks(3001, 50_000, hidden.to("meta"), None)
+    assert [rows.stop - rows.start for rows in gpu] == [1001, 1001, 999]
     assert len(linear_head.chunks(1024, 2**20, hidden, None)) == 1024 // linear_head.MIN_ROWS
 
 

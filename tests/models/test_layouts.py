@@ -144,8 +144,8 @@ def test_the_end_of_each_segment_is_that_of_its_path_alone(layout):
 def test_longer_rows_change_no_number(layout, name, monkeypatch):
     widths, pad = [], lm.padded_to_few_lengths
 
-    def measured(inputs, isolates):
-        longer = pad(inputs, isolates)
+    def measured(inputs, *args):
+        longer = pad(inputs, *args)
         widths.append((inputs["input_ids"].shape[1], longer["input_ids"].shape[1]))
         return longer
 
@@ -159,7 +159,7 @@ def test_longer_rows_change_no_number(layout, name, monkeypatch):
     if name == "mixtral":  # its router loss is a mean over all positions
         assert not widths
     else:
-        assert len(widths) == 3
+        assert len(widths) == 3 and any(after > before for before, after in widths[:2])
         # without a mask or attention of ours, nothing would tell the row from its padding
         assert widths[-1] == ((11, 11) if layout == "padded" else (11, 16))
 
@@ -168,12 +168,22 @@ def test_there_are_few_lengths_and_none_is_much_longer():
     lengths = []
     for width in range(1, 5000):
         ids = torch.zeros(1, width, dtype=torch.long)
-        inputs = lm.padded_to_few_lengths({"input_ids": ids, "position_ids": ids}, isolates=True)
+        inputs = lm.padded_to_few_lengths({"input_ids": ids, "position_ids": ids}, has_own_attention=True)
         lengths.append(inputs["input_ids"].shape[1])
         assert width <= lengths[-1] < max(width * 17 / 16, width + 8)
         assert lengths[-1] == inputs["position_ids"].shape[1]
         assert lengths[-1] == sum(segment.length for segment in inputs.get("segments", [Segment(width)]))
     assert len(set(lengths)) <= 32 + 5 * 16
+
+
+def test_one_row_per_document_gets_no_longer_than_the_longest_of_the_data():
+    """A model may have no more positions."""
+    ids = torch.zeros(2, 98, dtype=torch.long)
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": torch.ones_like(ids), "lengths": [98, 90]}
+    for longest, width in [(None, 104), (100, 100), (98, 98), (500, 104)]:
+        longer = lm.padded_to_few_lengths(inputs, False, longest)
+        assert {longer[name].shape for name in ("input_ids", "position_ids", "attention_mask")} == {(2, width)}
+        assert longer["attention_mask"].sum() == 2 * 98 and longer["lengths"] == [98, 90]
 
 
 class Shapes(TorchDispatchMode):
@@ -197,8 +207,8 @@ class Shapes(TorchDispatchMode):
 def test_half_precision_on_a_cpu_computes_products_of_few_shapes(compute, precision, is_mended, monkeypatch):
     """OneDNN compiles and keeps a kernel for each shape, 0.5 MB of memory."""
     if not is_mended:
-        monkeypatch.setattr(lm, "padded_to_few_lengths", lambda inputs, isolates: inputs)
-        monkeypatch.setattr(linear_head, "with_rows", lambda matrix, multiple: matrix)
+        monkeypatch.setattr(lm, "padded_to_few_lengths", lambda inputs, *_: inputs)
+        monkeypatch.setattr(linear_head, "pad_rows", lambda matrix, multiple: matrix)
     model = make("llama", NAME).train()
     model = LM(model if precision == "mixed" else model.bfloat16(), forest)
     lengths = range(512, 640, 4)

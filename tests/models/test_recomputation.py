@@ -43,7 +43,7 @@ def run(model, policy, **settings):
     hf = build_model(None, config=MODELS[model], gradient_checkpointing=policy, **settings)
     calls = count_calls(hf)
     torch.manual_seed(1)
-    gc.collect()  # what an earlier profile counted and is freed during this one would be subtracted here
+    gc.collect()  # what an earlier profile counted would be subtracted from this one when it is freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = LM(hf)(batch_of_rows(ROWS, ROWS), lambda states: states.loss_sum(CrossEntropy())).loss_sum
     events = profiler.profiler.kineto_results.events()

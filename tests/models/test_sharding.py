@@ -287,7 +287,7 @@ def test_mixed_precision_rounds_no_numbers_of_a_batch_and_copies_no_masks(folder
         States, "loss_sum", lambda self, loss: seen.append(self.batch["weights"].clone()) or loss_sum(self, loss)
     )
     monkeypatch.setattr(interface, "_attend_blocks", lambda *args: masks.append(args[4]) or attend(*args))
-    rows = [{"prompt": "a question", "completion": f"an answer {i}", "weight": 0.3} for i in range(4)]
+    rows = [{"prompt": "a question", "completion": "an answer" + "!" * i, "weight": 0.3} for i in range(4)]
     rows = SFTData(write_jsonl(folder / "weighted.jsonl", rows), tokenizer=ByteTokenizer(), batch_size=4)
     try:
         fit(sft(model=str(folder / "llama")), rows, max_steps=1, strategy=Sharded(), precision="bf16-mixed")
@@ -295,6 +295,7 @@ def test_mixed_precision_rounds_no_numbers_of_a_batch_and_copies_no_masks(folder
         torch.distributed.destroy_process_group()
     assert {float(weight) for weights in seen for weight in weights} == {float(torch.tensor(0.3))}
     layers = 2
+    assert len(masks) > 12
     assert len({id(mask) for mask in masks}) <= len(masks) / layers / 2  # called once more in float32, on a CPU
 
 

@@ -454,7 +454,6 @@ sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 import oumi_pl.data.reference
 from lightning.pytorch.strategies import ModelParallelStrategy
-from oumi_pl.losses import devices, linear_head
 from oumi_pl.losses.responses import KTOLoss
 from tests.modules.test_dpo import Record
 from tests.modules.test_kto import BETA, ROWS, WEIGHTS, sgd

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -56,6 +57,7 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = ByteTokenizer().build()
     config = transformers.AutoConfig.for_model(**(LLAMA | {"vocab_size": len(tokenizer)}))
+    torch.manual_seed(0)  # some random models rank all pairs of a recipe right, which is worth a warning
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -111,7 +113,8 @@ def test_a_recipe_runs_two_steps(name, tiny_model, tmp_path, monkeypatch):
     run = tmp_path / "runs" / name.replace("/", "-")
     state = json.loads((run / "run.json").read_text())
     assert (state["status"], state["step"]) == ("finished", 2)
-    assert "warnings" not in state or not name.startswith("quickstart/"), "what is shown first is as it should be"
+    if name.startswith("quickstart/"):  # what is shown first is as it should be
+        assert not state.get("warnings")
     assert {"config.yaml", "data.json", "metrics.csv", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
     scores = recipe["model"]["class_path"] == "Reward"
     auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM

@@ -1,5 +1,7 @@
 """Reading an untrusted checkpoint runs no code that it names."""
 
+import collections
+import contextlib
 import os
 import pickle
 import re
@@ -10,11 +12,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from oumi_pl.commands.export import built, load_checkpoint
 from oumi_pl.errors import UserError
 from oumi_pl.runs.checkpoints import META, read_sharded, weight_names
-from oumi_pl.runs.received import METADATA, refuse_foreign
+from oumi_pl.runs.received import METADATA, refuse_code, refuse_foreign
 from tests.tiny import LLAMA
 
 MODULE = """
@@ -156,6 +159,32 @@ def test_calls_in_the_metadata_are_refused(tmp_path, read):
     with pytest.raises(UserError, match=r"it names (posix|nt|os)\.system, which no checkpoint needs"):
         read(folder)
     assert not marker.exists()
+
+
+class Got:
+    """Pickled as `getattr(owner, name)`."""
+
+    def __init__(self, owner, name):
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_refused"),
+    [
+        (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", False),  # as Python 3.11.2 writes it
+        (_MEM_FORMAT_ENCODING, "mro", True),
+        (_MEM_FORMAT_ENCODING, "__members__", True),
+        (Path, "unlink", True),
+        (collections.OrderedDict, "fromkeys", True),
+    ],
+)
+def test_nothing_but_members_of_enums_is_got_by_name(tmp_path, owner, name, is_refused):
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Got(owner, name)))
+    with pytest.raises(UserError, match="it names getattr") if is_refused else contextlib.nullcontext():
+        refuse_code(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
