@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,6 +330,21 @@ def test_products_on_a_gpu_are_in_the_precision_of_the_run(tmp_path, precision):
     plan = planned(recipe(tmp_path), "--trainer.precision", precision)
     dtypes = {operation.dtype for operation in plan.costs.operations if operation.flops}
     assert dtypes == {torch.float32 if precision == "32-true" else torch.bfloat16}
+
+
+def test_what_is_left_of_a_plan_is_not_collected_and_other_garbage_is(tmp_path):
+    """Collecting it corrupted the heap of processes that made several plans."""
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+    before = gc.get_freeze_count()
+    planned(recipe(tmp_path), devices=2)
+    assert gc.get_freeze_count() > before and gc.isenabled()
+    gone = weakref.ref(Garbage())
+    gc.collect()
+    assert gone() is None
 
 
 def test_only_operations_that_read_or_write_count_as_moved_memory():
