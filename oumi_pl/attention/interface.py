@@ -168,6 +168,15 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # neither a cache, nor a mask of numbers that has the dtype of the queries
+    is_whole = query.shape[2] == key.shape[2] and not (
+        isinstance(attention_mask, Tensor) and attention_mask.is_floating_point()
+    )
+    if is_whole and query.device.type == "cpu" and (dtype := _half_precision(query)):
+        # torch's attention for CPUs takes longer in bfloat16 than in float32: 3 times as long in the backward pass
+        with torch.autocast("cpu", enabled=False):
+            output, _ = attend(module, query.float(), key.float(), value.float(), attention_mask, **settings)
+        return output.to(dtype), None
     if isinstance(attention_mask, Blocks):
         return _attend_blocks(module, query, key, value, attention_mask, settings), None
     _refuse_unknown_terms(module, settings, None)
@@ -175,13 +184,6 @@ def attend(
     if not torch.compiler.is_compiling() and current_blocks.get() is not None:
         name = type(module).__name__
         raise UserError(f"{name} ignores transformers' mask functions: its documents can't be packed; {NO_PACKING}")
-    is_whole = query.shape[2] == key.shape[2] and (attention_mask is None or attention_mask.dtype == torch.bool)
-    if is_whole and query.device.type == "cpu" and (dtype := _half_precision(query)):
-        # as for packed rows: see `_attend_blocks`
-        with torch.autocast("cpu", enabled=False):
-            query, key, value = query.float(), key.float(), value.float()
-            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return output.to(dtype), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
@@ -195,17 +197,12 @@ def _attend_blocks(  # noqa: PLR0917
 
     _refuse_unknown_terms(module, settings, blocks)
     if dtype := _half_precision(query):
-        if query.device.type == "cpu":
-            # torch's attention for CPUs takes longer in bfloat16 than in float32: 3 times as long in the backward pass
-            with torch.autocast("cpu", enabled=False):
-                full = (x.float() for x in (query, key, value))
-                return _attend_blocks(module, *full, blocks, settings).to(dtype)
         # autocast casts for sdpa, but not for the varlen kernel; rotary positions left queries and keys in float32
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if varlen_fits(query, value, blocks, settings):
         return attend_varlen(query, key, value, blocks, settings.get("scaling"))
     # One call per block, with the shapes it would have alone: same kernels, same rounding (but for half precision on a
-    # CPU, see above), and no `seq x seq` mask.
+    # CPU, see `attend`), and no `seq x seq` mask.
     # Split, not sliced: the backward pass of each slice would allocate a gradient of the whole row.
     queries, keys, values = (x.split(blocks.lengths, dim=2) for x in (query, key, value))
     outputs = []

@@ -191,14 +191,13 @@ def token_loss_sum(
     """
     _check(hidden, targets)
     task = LossTask(targets, transform, chunk_size, torch.is_grad_enabled(), token_loss, weights)
-    rows = chunks(len(targets), _vocab(head), hidden, chunk_size)
     tensors = _tensors_of(head, hidden)
     # of a part of the vocabulary, only the loss of this package can be computed; others need all logits
     if tensors is not None and (tensors.vocabulary is ALL or type(token_loss) is CrossEntropy):
         task = replace(task, vocabulary=tensors.vocabulary)
         loss_sum, correct = LinearTokenLoss.apply(hidden, tensors.weight, tensors.bias, task, *task.parameters)
     else:
-        loss_sum, correct = _sum_of_any_head(hidden, head, task, rows)
+        loss_sum, correct = _sum_of_any_head(hidden, head, task, chunks(len(targets), _vocab(head), hidden, chunk_size))
     if not len(targets):  # so that the names are those of every other batch
         task.metrics.clear()
         task.measure(hidden.new_zeros(0, _vocab(head), dtype=full_precision(hidden.dtype)), targets, None)

@@ -34,7 +34,7 @@ ALLOWED = {
 }
 """Module -> the names that the description of a sharded checkpoint may use."""
 ENUM_MEMBER = ("builtins", "getattr")
-"""How Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+"""How Python 3.11.2 pickles a member of an enum, whereas 3.11.7 calls the enum with the member's value."""
 VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 

@@ -295,8 +295,8 @@ def test_mixed_precision_rounds_no_numbers_of_a_batch_and_copies_no_masks(folder
         torch.distributed.destroy_process_group()
     assert {float(weight) for weights in seen for weight in weights} == {float(torch.tensor(0.3))}
     layers = 2
-    assert len(masks) > 12
-    assert len({id(mask) for mask in masks}) <= len(masks) / layers / 2  # called once more in float32, on a CPU
+    assert len(masks) > 6
+    assert len({id(mask) for mask in masks}) <= len(masks) / layers
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "experts"])
